@@ -1,0 +1,130 @@
+# alphaprune: every result is a file, and this says what it is made from.
+#
+#   make reproduce-figures                 all experiments, figures, scorecard and one HTML report
+#   make reproduce-figures PRESET=report   the report's own settings, for one GPU
+#   make help                              everything else
+
+PRESET ?= quick
+PYTHON ?= python3
+# Notebooks that run at once. A GPU is best given to one at a time.
+JOBS ?= $(if $(filter report,$(PRESET)),1,2)
+MAKEFLAGS += --no-builtin-rules --jobs=$(JOBS)
+SHELL := /bin/bash
+.DELETE_ON_ERROR:
+.SUFFIXES:
+
+UV_VERSION := 0.13.9
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+R := results/$(PRESET)
+RUN := $(BIN)/python notebooks/execute.py
+CACHE := $(or $(ALPHAPRUNE_DATA),$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/alphaprune)
+CIFAR10 := $(CACHE)/cifar-10-batches-bin/test_batch.bin
+DATA := $(if $(filter smoke,$(PRESET)),,$(CIFAR10))
+
+EXPERIMENTS := week_before earlier_run fig1 section21 fig2 fig3 fig4
+LIBRARY := $(wildcard lib/alphaprune/*.py)
+EXECUTED := $(foreach e,pretrain $(EXPERIMENTS) pruned figures,$(R)/notebooks/$(e).ipynb)
+PAGES := $(patsubst $(R)/notebooks/%.ipynb,$(R)/html/%.html,$(EXECUTED))
+PRESETS := $(patsubst params/%/preset.yaml,%,$(wildcard params/*/preset.yaml))
+ifeq ($(filter $(PRESET),$(PRESETS)),)
+$(error preset '$(PRESET)' is unknown; there are: $(PRESETS))
+endif
+
+.PHONY: reproduce-figures figures html pretrain experiments data lab test lint environment lock clean help $(EXPERIMENTS) pruned
+
+reproduce-figures: $(R)/report.html $(PAGES)
+	@if [ -e $(R)/.changed ]; then rm -f $(R)/.changed; echo "Done."; else echo "Nothing to do: everything is up to date."; fi
+	@echo "Report:    $(R)/report.html"
+	@echo "Figures:   $(R)/figures/"
+	@echo "Scorecard: $(R)/scorecard.csv"
+
+help:
+	@echo "make reproduce-figures   environment, data, every experiment, figures, scorecard, HTML report"
+	@echo "make test                environment, all checks"
+	@echo "make lab                 JupyterLab on the notebooks"
+	@echo "make figures             Figures 1 to 4 and the overview, PNG and SVG"
+	@echo "make html                every executed notebook as a page, and the report"
+	@echo "make fig4                one experiment; also: $(filter-out fig4,$(EXPERIMENTS)) pruned"
+	@echo "make pretrain            train the pretrained network anew"
+	@echo "make data                fetch and check CIFAR-10"
+	@echo "make lock                resolve requirements.lock anew"
+	@echo "make clean               remove results/$(PRESET) but for the pretrained network"
+	@echo "Presets (PRESET=...):    $(PRESETS); now $(PRESET). Notebooks at once (JOBS=...): now $(JOBS)"
+
+# ---- environment and data
+
+environment: $(READY)
+$(READY): requirements.lock pyproject.toml
+	@echo "Making $(VENV) from requirements.lock"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "alphaprune: $(PYTHON) is too old; Python 3.11 or newer is needed (make PYTHON=python3.12)" >&2; exit 2; }
+	@$(PYTHON) -m venv --clear $(VENV) || { echo "alphaprune: $(PYTHON) has no venv module; install it (Debian: python3-venv)" >&2; exit 2; }
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python --require-hashes -r requirements.lock
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
+	@touch $@
+
+lock: | $(READY)
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --all-extras \
+	  pyproject.toml requirements.in --output-file requirements.lock
+
+data: $(CIFAR10)
+$(CIFAR10): | $(READY)
+	@$(BIN)/python -m alphaprune.data
+
+# ---- experiments: a notebook each, with the right parents
+
+experiments: $(foreach e,$(EXPERIMENTS) pruned,$(R)/notebooks/$(e).ipynb)
+$(EXPERIMENTS) pruned: %: $(R)/notebooks/%.ipynb
+
+$(R)/notebooks/pretrain.ipynb: notebooks/01_pretraining.ipynb params/$(PRESET)/pretrain.yaml params/$(PRESET)/preset.yaml | $(READY) $(DATA)
+	@$(RUN) $< $@ -f params/$(PRESET)/pretrain.yaml
+	@touch $(R)/.changed
+
+pretrain: | $(READY) $(DATA)
+	@$(RUN) notebooks/01_pretraining.ipynb $(R)/notebooks/pretrain.ipynb -f params/$(PRESET)/pretrain.yaml -p again true
+
+$(foreach e,$(EXPERIMENTS),$(R)/notebooks/$(e).ipynb): $(R)/notebooks/%.ipynb: notebooks/02_alpha_decay.ipynb \
+    params/$(PRESET)/%.yaml params/report/%.yaml params/$(PRESET)/preset.yaml $(LIBRARY) $(R)/notebooks/pretrain.ipynb
+	@$(RUN) $< $@ -f params/$(PRESET)/$*.yaml
+	@touch $(R)/.changed
+
+$(foreach e,fig1 section21 fig2 fig3,$(R)/notebooks/$(e).ipynb): $(R)/notebooks/week_before.ipynb
+
+$(R)/notebooks/pruned.ipynb: notebooks/03_fold_and_verify.ipynb params/$(PRESET)/pruned.yaml $(R)/notebooks/fig4.ipynb
+	@$(RUN) $< $@ -f params/$(PRESET)/pruned.yaml
+	@touch $(R)/.changed
+
+# ---- figures, report, pages
+
+figures: $(R)/notebooks/figures.ipynb
+$(R)/notebooks/figures.ipynb: notebooks/04_figures.ipynb params/claims.yaml $(foreach e,$(EXPERIMENTS),$(R)/notebooks/$(e).ipynb)
+	@$(RUN) $< $@ -p preset $(PRESET)
+	@touch $(R)/.changed
+
+$(R)/notebooks/report.ipynb: notebooks/05_report.ipynb params/claims.yaml $(R)/notebooks/figures.ipynb $(R)/notebooks/pruned.ipynb
+	@$(RUN) $< $@ -p preset $(PRESET)
+	@touch $(R)/.changed
+
+html: $(R)/report.html $(PAGES)
+$(R)/html/%.html: $(R)/notebooks/%.ipynb notebooks/export.py $(wildcard notebooks/offline/*)
+	@$(BIN)/python notebooks/export.py $< $@
+$(R)/report.html: $(R)/notebooks/report.ipynb notebooks/export.py $(wildcard notebooks/offline/*)
+	@$(BIN)/python notebooks/export.py $< $@ --no-code
+
+# ---- people and checks
+
+lab: $(READY)
+	$(BIN)/jupyter lab --notebook-dir=notebooks
+
+test: $(READY)
+	@$(BIN)/ruff check .
+	@$(BIN)/python -m pytest -q -n 2 --dist loadfile
+
+lint: $(READY)
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+clean:
+	rm -rf $(R)/notebooks $(R)/html $(R)/figures $(R)/stages $(R)/report.html $(R)/scorecard.csv

@@ -1,0 +1,7 @@
+"""alphaprune: narrow parallel branches take over from pretrained layers, then fold away exactly."""
+
+from alphaprune.errors import UsageError
+from alphaprune.fold import Certificate, fold
+from alphaprune.parallel import ParallelModel
+
+__all__ = ["Certificate", "ParallelModel", "UsageError", "fold"]

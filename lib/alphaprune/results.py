@@ -1,0 +1,51 @@
+"""What the records of a preset say as a whole: accuracies by name, all stages in one table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from alphaprune.experiment import Experiment
+from alphaprune.prune import load_table
+from alphaprune.settings import project_root
+
+TRAINED = ("week_before", "earlier_run", "fig1", "section21", "fig2", "fig3", "fig4")
+FOLDED = "pruned"
+
+
+class Results:
+    """The recorded experiments of a preset.
+
+    Args:
+        preset: a folder in params/.
+        root: the project's folder; found from the working directory if None.
+        given: settings that replace those of the files, such as `seed`.
+    """
+
+    def __init__(self, preset: str, root: Path | None = None, **given: Any):
+        self.preset, self.root = preset, root or project_root()
+        self.experiments = {name: Experiment(preset, name, self.root, **given) for name in (*TRAINED, FOLDED)}
+        self.table = load_table(self.experiments[FOLDED])
+
+    @property
+    def folder(self) -> Path:
+        return self.root / "results" / self.preset
+
+    def accuracy(self, name: str) -> float | None:
+        """Percent by name: `<experiment>/<stage>` on validation, `pruned/<network>` on the test set; None if not run."""
+        experiment, _, stage = name.partition("/")
+        if experiment == FOLDED:
+            return (
+                None
+                if self.table is None
+                else 100 * self.table.set_index("network").at[stage, "test_accuracy"]
+            )
+        record = self.experiments[experiment].record(stage)
+        return None if record is None else 100 * record["metrics"]["val_accuracy"]
+
+    def summaries(self) -> pd.DataFrame:
+        """Every recorded stage of every experiment, one a row, with the column `experiment`."""
+        parts = [self.experiments[name].summary().assign(experiment=name) for name in TRAINED]
+        return pd.concat([p for p in parts if len(p)], ignore_index=True)

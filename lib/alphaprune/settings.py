@@ -1,0 +1,242 @@
+"""Experiment files: what may stand in them, and the checks that run before any work starts.
+
+The settings of an experiment are those of its preset, `params/<preset>/preset.yaml`, then those of its own file,
+`params/<preset>/<experiment>.yaml`, then what a command line or a notebook gives. All keys are flat, so that
+`papermill -p seed 1` reaches each of them. `stages_of: report` takes over what the same experiment does in
+another preset, so that a preset says only what differs.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from alphaprune.errors import UsageError
+from alphaprune.schedule import THRESHOLD, Kind, alphas
+from alphaprune.train import Recipe
+
+Unit = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.,=-]*$", max_length=80)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, populate_by_name=True)
+
+
+class Stage(_Strict):
+    """One training stage. `from` names where its weights come from: `scratch` (a new network), `base` (the
+    preset's pretrained network), a stage of this experiment, or `<experiment>/<stage>`."""
+
+    name: Name
+    alpha: Unit | None = None  # None trains the plain network, without branches
+    lr: Positive
+    parent: str = Field(alias="from")
+    train_wide: bool = True
+    color: str | None = None  # of the curve in the report's figure; not part of the identity
+
+    @model_validator(mode="after")
+    def _something_trains(self) -> Stage:
+        if self.alpha == 1 and not self.train_wide:
+            raise ValueError(
+                "alpha 1 with train_wide false trains nothing; lower alpha or set train_wide: true"
+            )
+        return self
+
+
+class Settings(_Strict):
+    """Everything that determines an experiment. Units: epochs, images, shares of 1."""
+
+    preset: Name
+    experiment: Name
+    title: str
+    # data and network
+    data: Literal["cifar10", "sample"]
+    train_images: Count | None = None  # None: all 45,000
+    val_images: Count | None = None  # None: all 5,000
+    width: Positive  # factor on VGG-16's channels
+    keep_ratio: Annotated[float, Field(gt=0, le=1)]
+    base: str  # file of the pretrained weights, from the project's folder
+    # training, see train.Recipe
+    seed: Annotated[int, Field(ge=0)] = 0
+    threads: Count | None = None  # CPU threads; None leaves the choice to torch
+    batch_size: Count
+    lr_schedule: Literal["plateau", "one_cycle"] = "plateau"
+    lr_scale: Positive = 1.0  # every lr is multiplied by it; figures and names keep the report's lr
+    max_epochs: Count
+    patience: Count
+    lr_patience: Count
+    lr_factor: Annotated[float, Field(gt=0, lt=1)]
+    momentum: Annotated[float, Field(ge=0, lt=1)]
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    log_every: Count
+    # what to do
+    stages: tuple[Stage, ...] = ()
+    folds: str | None = None  # the stage whose model is folded: `<experiment>/<stage>`
+    publish: str | None = None  # folder that the last stage's weights and records are copied to
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> Settings:
+        names = [s.name for s in self.stages]
+        if twice := sorted({n for n in names if names.count(n) > 1}):
+            raise ValueError(f"stage name {twice[0]!r} stands twice; give each stage a name of its own")
+        return self
+
+    def recipe(self, stage: Stage) -> Recipe:
+        shared = {f: getattr(self, f) for f in Recipe.__dataclass_fields__ if f != "lr"}
+        return Recipe(lr=stage.lr * self.lr_scale, **shared)
+
+
+KEYS = [*Settings.model_fields, "stages_of"]  # what may stand in a file
+
+
+class _Schedule(_Strict):
+    """Several stages, each from the one before, one for every alpha of a schedule."""
+
+    schedule: Kind
+    by: Positive | list[Unit]
+    threshold: Unit = THRESHOLD
+    lr: Positive
+    parent: str = Field(alias="from")
+    train_wide: bool = True
+    colors: dict[str, str] = {}  # colour by stage name
+
+
+def stage_name(alpha: float, lr: float) -> str:
+    """The name of a stage that is given none, such as `a0.0125-lr0.0001`."""
+    return f"a{alpha:.4g}-lr{lr:g}"
+
+
+def project_root(start: Path | None = None) -> Path:
+    """The nearest folder at or above `start` (the working directory) that holds `params` and `results`."""
+    here = (start or Path.cwd()).resolve()
+    for folder in (here, *here.parents):
+        if (folder / "params").is_dir() and (folder / "results").is_dir():
+            return folder
+    raise UsageError(f"{here} is not inside the project; run from the folder that holds params/ and results/")
+
+
+def load_settings(preset: str, experiment: str, root: Path | None = None, **given: Any) -> Settings:
+    """Read, merge and check the settings of an experiment.
+
+    Args:
+        preset: name of a folder in params/.
+        experiment: name of a file in it, without `.yaml`.
+        root: the project's folder; found from the working directory if None.
+        given: settings that replace those of the files.
+
+    Raises:
+        UsageError: naming file, key and remedy.
+    """
+    folder = (root or project_root()) / "params"
+    presets = sorted(p.parent.name for p in folder.glob("*/preset.yaml"))
+    if preset not in presets:
+        raise UsageError(f"preset '{preset}' is unknown; there are: {', '.join(presets)}")
+    experiments = sorted(p.stem for p in (folder / preset).glob("*.yaml") if p.stem != "preset")
+    if experiment not in experiments:
+        raise UsageError(
+            f"experiment '{experiment}' is unknown in preset '{preset}'; there are: {', '.join(experiments)}"
+        )
+    own_file = folder / preset / f"{experiment}.yaml"
+    merged: dict[str, Any] = {}
+    for source, content in (
+        (folder / preset / "preset.yaml", None),
+        (own_file, None),
+        ("the parameters given", given),
+    ):
+        content = _read_yaml(source) if content is None else content
+        for key in content:
+            if key not in KEYS:
+                raise UsageError(f"{source}: parameter '{key}' is unknown{_like(key, KEYS)}")
+        merged |= content
+    if other := merged.pop("stages_of", None):
+        merged = _what_to_do(folder / str(other) / f"{experiment}.yaml") | merged
+    if (merged.get("preset", preset), merged.get("experiment", experiment)) != (preset, experiment):
+        raise UsageError(
+            f"{own_file}: preset and experiment must be '{preset}' and '{experiment}', as the file's place says"
+        )
+    merged |= {"preset": preset, "experiment": experiment}
+    merged["stages"] = _expand(merged.get("stages", ()), own_file)
+    return _validate(Settings, merged, own_file)
+
+
+def _what_to_do(file: Path) -> dict[str, Any]:
+    """Title, stages and fold of another preset's experiment, for a preset that trains the same at another scale."""
+    if not file.is_file():
+        raise UsageError(f"stages_of: {file} does not exist; name a preset that has this experiment")
+    content = _read_yaml(file)
+    return {key: content[key] for key in ("title", "stages", "folds") if key in content}
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
+        raise UsageError(f"{path} is not readable YAML: {' '.join(str(e).split())[:200]}") from None
+    if not isinstance(content, dict) or not all(isinstance(k, str) for k in content):
+        raise UsageError(f"{path} must hold parameters, one `name: value` a line")
+    return content
+
+
+def _expand(entries: Any, file: Path) -> tuple[Stage, ...]:
+    """Stages and schedules as they stand in a file -> stages, named."""
+    if not isinstance(entries, list | tuple):
+        raise UsageError(f"{file}: stages must be a list")
+    stages: list[Stage] = []
+    for i, entry in enumerate(entries):
+        where = f"stages.{i}."
+        if isinstance(entry, Stage):
+            stages.append(entry)
+        elif isinstance(entry, dict) and "schedule" in entry:
+            s = _validate(_Schedule, entry, file, where)
+            parent = s.parent
+            for alpha in alphas(s.schedule, s.by, s.threshold):
+                name = stage_name(alpha, s.lr)
+                fields = {
+                    "name": name,
+                    "alpha": alpha,
+                    "lr": s.lr,
+                    "from": parent,
+                    "train_wide": s.train_wide,
+                }
+                stages.append(Stage(**fields, color=s.colors.get(name)))
+                parent = name
+        elif isinstance(entry, dict):
+            numbers = [entry.get("alpha"), entry.get("lr")]
+            name = stage_name(*numbers) if all(isinstance(n, int | float) for n in numbers) else f"stage-{i}"
+            stages.append(_validate(Stage, {"name": name} | entry, file, where))
+        else:
+            raise UsageError(f"{file}: stages.{i} is {entry!r}; give `{{alpha: 0.5, lr: 0.001, from: base}}`")
+    return tuple(stages)
+
+
+def _validate(model: type[BaseModel], content: dict[str, Any], file: Path, where: str = "") -> Any:
+    try:
+        return model.model_validate(content)
+    except ValidationError as e:
+        first = e.errors()[0]
+        key = where + ".".join(str(part) for part in first["loc"])
+        value = first.get("input")
+        message = first["msg"]
+        if first["type"] == "extra_forbidden":
+            message = f"unknown parameter{_like(str(first['loc'][-1]), [f.alias or n for n, f in model.model_fields.items()])}"
+        elif first["type"] == "missing":
+            message = "missing; add it here or in preset.yaml"
+        elif isinstance(value, str) and first["type"] in ("float_type", "int_type"):
+            message = (
+                f"{value!r} is text, a number is needed; YAML reads 1.0e-3 as a number, but 1e-3 as text"
+            )
+        else:
+            message = f"{message}, not {str(value)[:60]!r}"
+        raise UsageError(f"{file}: {key}: {message}" if key else f"{file}: {message}") from None
+
+
+def _like(key: str, known: Any) -> str:
+    close = difflib.get_close_matches(key, list(known), 1)
+    return f"; did you mean '{close[0]}'?" if close else f"; known are: {', '.join(known)}"

@@ -1,0 +1,75 @@
+"""Files that are whole or not there: a temporary name, sync, rename. Weights as safetensors with a SHA-256."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from alphaprune.errors import UsageError
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write `content` so that `path` holds either what it held before or all of the new content."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as f:
+            f.write(content)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write `content` as JSON with sorted keys; NaN and infinities are refused."""
+    write_bytes(path, (json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n").encode())
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> str:
+    """Write tensors as safetensors, and beside them a file `<name>.sha256`. Returns the SHA-256."""
+    content = save({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, dict(metadata or {}))
+    digest = hashlib.sha256(content).hexdigest()
+    write_bytes(path, content)
+    write_bytes(path.with_name(path.name + ".sha256"), f"{digest}  {path.name}\n".encode())
+    return digest
+
+
+def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read tensors and metadata written by `save_tensors`, checked against the SHA-256 beside them.
+
+    Raises:
+        UsageError: if the file or its checksum is missing, or they disagree.
+    """
+    check_digest(path)
+    try:
+        with safe_open(path, "pt") as f:
+            return {k: f.get_tensor(k) for k in f.keys()}, dict(f.metadata() or {})  # noqa: SIM118 (not a dict)
+    except SafetensorError as e:
+        raise UsageError(
+            f"{path} is not a readable safetensors file ({e}); delete it and run the same command again"
+        ) from None
+
+
+def check_digest(path: Path) -> str:
+    """The SHA-256 of `path`, found equal to the one recorded beside it (raises UsageError otherwise)."""
+    beside = path.with_name(path.name + ".sha256")
+    if not path.is_file() or not beside.is_file():
+        raise UsageError(
+            f"{path} or its .sha256 is missing; make it again (for pretrained weights: `make pretrain`)"
+        )
+    found = hashlib.sha256(path.read_bytes()).hexdigest()
+    if found != beside.read_text().split()[0]:
+        raise UsageError(
+            f"{path} is damaged: its SHA-256 differs from {beside.name}; delete both and run the same command again"
+        )
+    return found

@@ -1,0 +1,269 @@
+"""One stage of training: fit until the validation loss stops falling, keep the best checkpoint, resume exactly.
+
+Every random choice is a function of (key, epoch), never of what ran before, and the state is written after
+every epoch; so a run that was killed and started again goes on as if nothing had happened.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import time
+import warnings
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
+
+from alphaprune.data import Split, batches
+from alphaprune.errors import UsageError
+from alphaprune.storage import load_tensors, save_tensors
+
+with warnings.catch_warnings():  # its progress bars, which are not used here, ask for notebook widgets
+    warnings.filterwarnings("ignore", message="IProgress not found")
+    from accelerate import Accelerator
+
+# Part of every stage's identity. Raise it when a change here, in parallel.py or in data.py changes results.
+TRAINING_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a stage trains.
+
+    Attributes:
+        lr: learning rate at the start ("plateau") or at its peak ("one_cycle").
+        lr_schedule: "plateau" multiplies the rate by `lr_factor` when the validation loss has not fallen for
+            more than `lr_patience` epochs, and the stage stops early after `patience` such epochs;
+            "one_cycle" rises and falls over exactly `max_epochs` epochs.
+        max_epochs: epochs at most.
+        patience: epochs without a lower validation loss after which a "plateau" stage ends.
+        batch_size: images a step.
+        momentum, weight_decay, label_smoothing: of SGD and of the cross entropy.
+        log_every: steps between two rows of training accuracy.
+    """
+
+    lr: float
+    lr_schedule: Literal["plateau", "one_cycle"] = "plateau"
+    max_epochs: int = 400
+    patience: int = 25
+    lr_patience: int = 10
+    lr_factor: float = 0.5
+    batch_size: int = 128
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    label_smoothing: float = 0.0
+    log_every: int = 20
+
+
+@dataclass
+class Outcome:
+    """What a stage came to. `history` rows have the keys step, epoch, split, metric, value (a share, 0..1)."""
+
+    history: list[dict[str, Any]] = field(default_factory=list)
+    best_epoch: int = 0
+    best_accuracy: float = -1.0
+    epochs: int = 0
+    steps: int = 0
+    images: int = 0
+    seconds: float = 0.0
+    diverged: bool = False
+
+
+def fit(
+    model: nn.Module,
+    train: Split,
+    val: Split,
+    recipe: Recipe,
+    key: str,
+    checkpoint: Path,
+    after_epoch: Callable[[Outcome], None] = lambda outcome: None,
+) -> Outcome:
+    """Train `model` in place and leave it with its best weights, those of the highest validation accuracy.
+
+    Args:
+        model: the network; parameters that do not require a gradient are left as they are.
+        train, val: the images. Training runs where accelerate puts it: a GPU (bf16) if there is one.
+        recipe: how to train.
+        key: names the run's random numbers; the same key gives the same run.
+        checkpoint: file of the resume state; read if it is there, removed at the end by the caller.
+        after_epoch: called after every epoch, once the state is on disk.
+
+    Returns:
+        The outcome. Row 0 of the validation accuracy is that of the weights the stage began with. A loss that
+        is no longer finite ends the stage, with `diverged` set and the best weights so far.
+    """
+    accelerator = accelerator_for_this_machine()
+    model.to(accelerator.device, memory_format=torch.channels_last)
+    train, val = train.to(accelerator.device), val.to(accelerator.device)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(
+        trained, lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay
+    )
+    steps_an_epoch = max(len(train) // recipe.batch_size, 1)
+    if recipe.lr_schedule == "one_cycle":
+        scheduler: Any = OneCycleLR(
+            optimizer, recipe.lr, recipe.max_epochs * steps_an_epoch, pct_start=0.2, cycle_momentum=False
+        )
+    else:
+        scheduler = ReduceLROnPlateau(optimizer, factor=recipe.lr_factor, patience=recipe.lr_patience)
+    stepper, prepared = accelerator.prepare(model, optimizer)
+    state = _State(model, optimizer, scheduler, checkpoint)
+
+    if not state.resume():
+        loss, accuracy = evaluate(model, val, accelerator=accelerator)
+        state.note("val", "loss", loss)
+        state.note("val", "accuracy", accuracy)
+        state.keep_best(accuracy)
+    outcome = state.outcome
+    while not state.finished(recipe):
+        started = time.monotonic()
+        outcome.epochs += 1
+        seed = derive_seed(key, outcome.epochs)
+        torch.manual_seed(seed)
+        generator = torch.Generator().manual_seed(seed)
+        model.train()
+        seen, correct, total_loss = (
+            0,
+            torch.zeros((), device=accelerator.device),
+            torch.zeros((), device=accelerator.device),
+        )
+        for step, (images, labels) in enumerate(batches(train, recipe.batch_size, generator), 1):
+            logits = stepper(images)
+            loss = F.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing)
+            prepared.zero_grad()
+            accelerator.backward(loss)
+            prepared.step()
+            if recipe.lr_schedule == "one_cycle":
+                scheduler.step()
+            outcome.steps += 1
+            outcome.images += len(labels)
+            seen += len(labels)
+            correct += (logits.detach().argmax(1) == labels).sum()
+            total_loss += loss.detach() * len(labels)
+            if step % recipe.log_every == 0 or step == steps_an_epoch:  # the only waits for a GPU in an epoch
+                state.note("train", "accuracy", correct.item() / seen)
+                state.note("train", "loss", total_loss.item() / seen)
+                seen, correct, total_loss = 0, torch.zeros_like(correct), torch.zeros_like(total_loss)
+        val_loss, accuracy = evaluate(model, val, accelerator=accelerator)
+        state.note("val", "loss", val_loss)
+        state.note("val", "accuracy", accuracy)
+        state.note("train", "lr", optimizer.param_groups[0]["lr"])
+        outcome.diverged = not (
+            math.isfinite(val_loss) and all(math.isfinite(r["value"]) for r in outcome.history)
+        )
+        if outcome.diverged:
+            outcome.history = [r for r in outcome.history if math.isfinite(r["value"])]
+        elif state.best is None or accuracy > outcome.best_accuracy or outcome.best_epoch == 0:
+            state.keep_best(accuracy)
+        state.count_plateau(val_loss)
+        if recipe.lr_schedule == "plateau":
+            scheduler.step(val_loss)
+        outcome.seconds += time.monotonic() - started
+        state.save()
+        after_epoch(outcome)
+    model.load_state_dict(state.best)
+    return outcome
+
+
+def accelerator_for_this_machine() -> Accelerator:
+    """accelerate's choice of device; bf16 on a GPU that has it, float32 elsewhere."""
+    gpu = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    return Accelerator(mixed_precision="bf16" if gpu else "no")
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, split: Split, batch_size: int = 500, accelerator: Accelerator | None = None
+) -> tuple[float, float]:
+    """Mean cross entropy and accuracy (0..1) of a model in eval mode, on the model's device. Restores the mode."""
+    device = next(model.parameters()).device
+    split = split.to(device)
+    was_training = model.training
+    model.eval()
+    loss, correct = torch.zeros((), device=device), torch.zeros((), device=device)
+    with accelerator.autocast() if accelerator else nullcontext():
+        for images, labels in batches(split, batch_size):
+            logits = model(images).float()
+            loss += F.cross_entropy(logits, labels, reduction="sum")
+            correct += (logits.argmax(1) == labels).sum()
+    model.train(was_training)
+    return loss.item() / len(split), correct.item() / len(split)
+
+
+def derive_seed(*parts: object) -> int:
+    """A 63-bit seed that is a function of `parts` and of nothing else."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
+
+
+class _State:
+    """Everything a stage needs to go on: weights, momentum, schedule, best weights, history."""
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.SGD, scheduler: Any, path: Path):
+        self.model, self.optimizer, self.scheduler, self.path = model, optimizer, scheduler, path
+        self.outcome = Outcome()
+        self.best: dict[str, Tensor] | None = None
+        self.lowest_loss, self.epochs_since_lowest = math.inf, 0
+
+    def note(self, split: str, metric: str, value: float) -> None:
+        o = self.outcome
+        o.history.append(
+            {"step": o.steps, "epoch": o.epochs, "split": split, "metric": metric, "value": value}
+        )
+
+    def keep_best(self, accuracy: float) -> None:
+        self.best = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
+        self.outcome.best_epoch, self.outcome.best_accuracy = self.outcome.epochs, accuracy
+
+    def count_plateau(self, loss: float) -> None:
+        lower = loss < self.lowest_loss
+        self.epochs_since_lowest = 0 if lower else self.epochs_since_lowest + 1
+        self.lowest_loss = min(loss, self.lowest_loss) if math.isfinite(loss) else self.lowest_loss
+
+    def finished(self, recipe: Recipe) -> bool:
+        stale = recipe.lr_schedule == "plateau" and self.epochs_since_lowest >= recipe.patience
+        return self.outcome.epochs >= recipe.max_epochs or stale or self.outcome.diverged
+
+    def save(self) -> None:
+        momentum = {i: s["momentum_buffer"] for i, s in self.optimizer.state_dict()["state"].items()}
+        tensors = {f"model/{k}": v for k, v in self.model.state_dict().items()}
+        tensors |= {f"best/{k}": v for k, v in self.best.items()}
+        tensors |= {f"momentum/{i}": v for i, v in momentum.items() if v is not None}
+        groups = [{k: v for k, v in g.items() if k != "params"} for g in self.optimizer.param_groups]
+        rest = {
+            "outcome": vars(self.outcome),
+            "scheduler": {k: v for k, v in self.scheduler.state_dict().items() if k != "_anneal_func_type"},
+            "lr": [g["lr"] for g in groups],
+            "lowest_loss": self.lowest_loss,
+            "epochs_since_lowest": self.epochs_since_lowest,
+        }
+        save_tensors(self.path, tensors, {"state": json.dumps(rest, default=str)})
+
+    def resume(self) -> bool:
+        if not self.path.exists():
+            return False
+        try:
+            tensors, metadata = load_tensors(self.path)
+        except UsageError:  # cut off while it was written: the stage begins again, with the same result
+            return False
+        part = lambda prefix: {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}  # noqa: E731
+        rest = json.loads(metadata["state"])
+        self.outcome = Outcome(**rest["outcome"])
+        self.lowest_loss, self.epochs_since_lowest = rest["lowest_loss"], rest["epochs_since_lowest"]
+        self.model.load_state_dict(part("model/"))
+        device = next(self.model.parameters()).device
+        self.best = {k: v.to(device) for k, v in part("best/").items()}
+        whole = self.optimizer.state_dict()
+        whole["state"] = {int(i): {"momentum_buffer": v} for i, v in part("momentum/").items()}
+        self.optimizer.load_state_dict(whole)
+        self.scheduler.load_state_dict(rest["scheduler"])
+        for group, lr in zip(self.optimizer.param_groups, rest["lr"], strict=True):
+            group["lr"] = lr
+        return True

