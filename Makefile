@@ -32,7 +32,7 @@ ifeq ($(filter $(PRESET),$(PRESETS)),)
 $(error preset '$(PRESET)' is unknown; there are: $(PRESETS))
 endif
 
-.PHONY: reproduce-figures figures html pretrain experiments data lab test lint environment lock clean help $(EXPERIMENTS) pruned
+.PHONY: reproduce-figures figures html pretrain experiments data lab test environment lock clean help $(EXPERIMENTS) pruned
 
 reproduce-figures: $(R)/report.html $(PAGES)
 	@if [ -e $(R)/.changed ]; then rm -f $(R)/.changed; echo "Done."; else echo "Nothing to do: everything is up to date."; fi
@@ -48,7 +48,7 @@ help:
 	@echo "make html                every executed notebook as a page, and the report"
 	@echo "make fig4                one experiment; also: $(filter-out fig4,$(EXPERIMENTS)) pruned"
 	@echo "make pretrain            train the pretrained network anew"
-	@echo "make data                fetch and check CIFAR-10"
+	@echo "make data                fetch CIFAR-10 or check what is there"
 	@echo "make lock                resolve requirements.lock anew"
 	@echo "make clean               remove results/$(PRESET) but for the pretrained network"
 	@echo "Presets (PRESET=...):    $(PRESETS); now $(PRESET). Notebooks at once (JOBS=...): now $(JOBS)"
@@ -69,7 +69,8 @@ lock: | $(READY)
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --all-extras \
 	  pyproject.toml requirements.in --output-file requirements.lock
 
-data: $(CIFAR10)
+data: | $(READY)
+	@$(BIN)/python -m alphaprune.data
 $(CIFAR10): | $(READY)
 	@$(BIN)/python -m alphaprune.data
 
@@ -86,13 +87,14 @@ pretrain: | $(READY) $(DATA)
 	@$(RUN) notebooks/01_pretraining.ipynb $(R)/notebooks/pretrain.ipynb -f params/$(PRESET)/pretrain.yaml -p again true
 
 $(foreach e,$(EXPERIMENTS),$(R)/notebooks/$(e).ipynb): $(R)/notebooks/%.ipynb: notebooks/02_alpha_decay.ipynb \
-    params/$(PRESET)/%.yaml params/report/%.yaml params/$(PRESET)/preset.yaml $(LIBRARY) $(R)/notebooks/pretrain.ipynb
+    params/$(PRESET)/%.yaml params/report/%.yaml params/$(PRESET)/preset.yaml $(LIBRARY) \
+    $(R)/notebooks/pretrain.ipynb $(wildcard $(R)/pretrained/*.sha256)
 	@$(RUN) $< $@ -f params/$(PRESET)/$*.yaml
 	@touch $(R)/.changed
 
 $(foreach e,fig1 section21 fig2 fig3,$(R)/notebooks/$(e).ipynb): $(R)/notebooks/week_before.ipynb
 
-$(R)/notebooks/pruned.ipynb: notebooks/03_fold_and_verify.ipynb params/$(PRESET)/pruned.yaml $(R)/notebooks/fig4.ipynb
+$(R)/notebooks/pruned.ipynb: notebooks/03_fold_and_verify.ipynb params/$(PRESET)/pruned.yaml params/report/pruned.yaml $(R)/notebooks/fig4.ipynb
 	@$(RUN) $< $@ -f params/$(PRESET)/pruned.yaml
 	@touch $(R)/.changed
 
@@ -110,21 +112,20 @@ $(R)/notebooks/report.ipynb: notebooks/05_report.ipynb params/claims.yaml $(R)/n
 html: $(R)/report.html $(PAGES)
 $(R)/html/%.html: $(R)/notebooks/%.ipynb notebooks/export.py $(wildcard notebooks/offline/*)
 	@$(BIN)/python notebooks/export.py $< $@
+	@touch $(R)/.changed
 $(R)/report.html: $(R)/notebooks/report.ipynb notebooks/export.py $(wildcard notebooks/offline/*)
 	@$(BIN)/python notebooks/export.py $< $@ --no-code
+	@touch $(R)/.changed
 
 # ---- people and checks
 
 lab: $(READY)
-	$(BIN)/jupyter lab --notebook-dir=notebooks
+	$(BIN)/jupyter lab --notebook-dir=. --LabApp.default_url=/lab/tree/notebooks
 
 test: $(READY)
 	@$(BIN)/ruff check .
-	@$(BIN)/python -m pytest -q -n 2 --dist loadfile
-
-lint: $(READY)
-	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
+	@$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 clean:
 	rm -rf $(R)/notebooks $(R)/html $(R)/figures $(R)/stages $(R)/report.html $(R)/scorecard.csv

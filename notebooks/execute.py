@@ -11,6 +11,7 @@ import argparse
 import logging
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 import papermill
@@ -39,20 +40,25 @@ def main() -> int:
     failed = args.output.with_suffix(".failed.ipynb")
     logging.getLogger("papermill").setLevel(logging.ERROR)  # the notebook itself checks its parameters
     try:
-        papermill.execute_notebook(
-            args.notebook,
-            running,
-            parameters,
-            progress_bar=False,
-            stdout_file=sys.stdout,
-            config=Config(KernelManager={"transport": "ipc"}),  # no ports: notebooks can run side by side
-            extra_arguments=["--IPKernelApp.log_level=CRITICAL"],
-        )
-    except papermill.PapermillExecutionError as e:
-        os.replace(running, failed)
-        print(f"alphaprune: {' '.join(str(e.evalue).split())} ({e.ename}; see {failed})", file=sys.stderr)
-        return 2 if e.ename == "UsageError" else 1
-    except BaseException:
+        with tempfile.TemporaryDirectory(prefix="kernel-") as sockets:
+            # Sockets in a folder of their own, not ports: notebooks can run side by side.
+            manager = {"transport": "ipc", "connection_file": f"{sockets}/kernel.json"}
+            papermill.execute_notebook(
+                args.notebook,
+                running,
+                parameters,
+                progress_bar=False,
+                stdout_file=sys.stdout,
+                config=Config(KernelManager=manager),
+                extra_arguments=["--IPKernelApp.log_level=CRITICAL"],
+            )
+    except Exception as e:
+        if running.exists():
+            os.replace(running, failed)
+        name, text = getattr(e, "ename", type(e).__name__), getattr(e, "evalue", str(e))
+        print(f"alphaprune: {' '.join(text.split())} ({name}; see {failed})", file=sys.stderr)
+        return 2 if name == "UsageError" else 1
+    except BaseException:  # interrupted
         running.unlink(missing_ok=True)
         raise
     os.replace(running, args.output)

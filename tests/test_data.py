@@ -95,7 +95,8 @@ def test_missing_and_damaged_files_are_named(cache):
     folder.mkdir()
     (folder / "data_batch_1.bin").write_bytes((SAMPLE / "train.bin").read_bytes()[:-7])
     with pytest.raises(
-        UsageError, match=r"data_batch_1\.bin is not the official batch .*1475033 bytes.*delete it"
+        UsageError,
+        match=r"data_batch_1\.bin is not the official batch .*1475033 bytes.*`make data` fetches it again",
     ):
         data.load("cifar10")
     with pytest.raises(UsageError, match="'mnist' is unknown"):

@@ -7,7 +7,7 @@ import pytest
 import torch
 import yaml
 
-from alphaprune import fold
+from alphaprune import UsageError, fold
 from alphaprune.experiment import COLUMNS, Experiment
 from alphaprune.prune import load_table, prune
 from alphaprune.results import Results
@@ -22,7 +22,9 @@ def small(project):
         {"alpha": 0.0, "lr": 0.1, "from": "a0.5-lr0.01"},
     ]
     file.write_text(yaml.safe_dump({"title": "t", "stages": stages}))
-    Experiment("smoke", "pretrain", project, max_epochs=1).run(lambda line: None)
+    pretrain = project / "params" / "smoke" / "pretrain.yaml"
+    pretrain.write_text(pretrain.read_text().replace("max_epochs: 3", "max_epochs: 1"))
+    Experiment("smoke", "pretrain", project).run(lambda line: None)
     return project
 
 
@@ -161,3 +163,45 @@ def test_frozen_stages_leave_the_pretrained_weights(small):
     trained = dict(experiment.model("a0.5-lr0.1").network.named_parameters())
     for name, value in experiment.base_network().named_parameters():
         assert torch.equal(value, trained[name])
+
+
+def test_weights_of_another_width_are_named(small):
+    with pytest.raises(UsageError, match=r"vgg16\.safetensors do not fit a VGG-16 of width 0\.25; set width"):
+        Experiment("smoke", "fig4", small, width=0.25).run(lambda line: None)
+
+
+def test_only_the_files_own_settings_publish(small):
+    weights = small / "results" / "smoke" / "pretrained" / "vgg16.safetensors"
+    before = weights.read_bytes()
+    Experiment("smoke", "pretrain", small, seed=1).run(lambda line: None)
+    assert weights.read_bytes() == before
+    assert Experiment("smoke", "pretrain", small).published_is_current()
+    assert not Experiment("smoke", "pretrain", small, seed=1).published_is_current()
+
+
+@pytest.mark.parametrize(
+    ("stage", "settings", "message"),
+    [
+        ({"lr": 0.1, "from": "fig4/a0.5-lr0.01"}, {}, "'fig1/x' has no alpha, but 'fig4/a0.5-lr0.01'"),
+        (
+            {"alpha": 0.1, "lr": 0.1, "from": "fig4/a0.5-lr0.01"},
+            {"keep_ratio": 0.5},
+            "keep_ratio is 0.5 at 'fig1/x', but",
+        ),
+    ],
+)
+def test_a_parent_that_does_not_fit_is_named_before_anything_trains(small, stage, settings, message):
+    content = {"title": "t", "stages": [{"name": "x"} | stage]} | settings
+    (small / "params" / "smoke" / "fig1.yaml").write_text(yaml.safe_dump(content))
+    with pytest.raises(UsageError, match=message):
+        Experiment("smoke", "fig1", small)
+
+
+def test_a_first_epoch_that_diverges_is_not_scored_with_what_it_began_with(small):
+    experiment, history, _ = run(small, lr_scale=1e30)
+    record = experiment.record("a0.5-lr0.01")
+    accuracy = history[
+        (history["stage"] == "a0.5-lr0.01") & (history["metric"] == "accuracy") & (history["split"] == "val")
+    ]
+    assert record["outcome"]["diverged"]
+    assert record["metrics"]["val_accuracy"] == accuracy["value"].iloc[-1]

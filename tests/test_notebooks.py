@@ -165,3 +165,11 @@ def test_a_failed_notebook_is_kept_under_another_name(reproduced, tmp_path, argu
 def test_an_unknown_preset_is_named(reproduced):
     done = make(reproduced[0], "reproduce-figures", "PRESET=slow")
     assert done.returncode != 0 and "preset 'slow' is unknown; there are: " in done.stderr
+
+
+def test_pretrain_trains_anew(reproduced):
+    weights = reproduced[0] / "results" / "smoke" / "pretrained" / "vgg16.safetensors"
+    before, content = weights.stat().st_mtime_ns, weights.read_bytes()
+    done = make(reproduced[0], "pretrain")
+    assert weights.stat().st_mtime_ns > before and weights.read_bytes() == content
+    assert done.returncode == 0 and "[pretrain] 1 stages to train, 0 already recorded" in done.stdout

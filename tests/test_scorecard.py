@@ -5,7 +5,7 @@ import yaml
 from conftest import ROOT
 
 from alphaprune import UsageError
-from alphaprune.results import FOLDED, TRAINED
+from alphaprune.results import PRUNED, TRAINED
 from alphaprune.scorecard import Claim, load_claims, score
 from alphaprune.settings import load_settings
 
@@ -51,11 +51,11 @@ def test_verdicts(made, accuracies, ours, verdict):
 
 def test_every_claim_names_stages_that_exist():
     stages = {f"{e}/{s.name}" for e in TRAINED for s in load_settings("quick", e, ROOT).stages}
-    stages |= {f"{FOLDED}/folded", f"{FOLDED}/alpha 0", f"{FOLDED}/original"}
+    stages |= {f"{PRUNED}/folded", f"{PRUNED}/alpha 0", f"{PRUNED}/original"}
     named = {n for c in CLAIMS for n in (*c.of, *([c.minus] if c.minus else []))}
     assert named <= stages
     assert len(CLAIMS) >= 15 and len({c.id for c in CLAIMS}) == len(CLAIMS)
-    assert {c.experiment for c in CLAIMS} == {*TRAINED, FOLDED}
+    assert {c.experiment for c in CLAIMS} == {*TRAINED, PRUNED}
 
 
 def test_nothing_run_gives_no_verdict():

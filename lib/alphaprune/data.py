@@ -26,7 +26,6 @@ from torch.nn import functional as F
 
 from alphaprune.errors import UsageError
 
-CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 RECORD_BYTES = 1 + 3 * 32 * 32
 # Per-channel mean and standard deviation of the 50,000 training images, in units of 0..1.
 MEAN = (0.4914, 0.4822, 0.4465)
@@ -77,12 +76,10 @@ class Split:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Training and validation split of a source, and where its test set lies (read only by `load_test`)."""
+    """Training and validation images. The test images are read by `load_test` alone."""
 
-    source: str
     train: Split
     val: Split
-    checksum: str
 
 
 def cache_folder() -> Path:
@@ -112,10 +109,8 @@ def load(source: str = "cifar10") -> Dataset:
     order = torch.randperm(len(everything), generator=torch.Generator().manual_seed(VALIDATION_SEED))
     val, train = order[:held_out], order[held_out:]
     return Dataset(
-        source=source,
         train=Split(everything.images[train], everything.labels[train]),
         val=Split(everything.images[val], everything.labels[val]),
-        checksum=checksum(source),
     )
 
 
@@ -197,7 +192,7 @@ def _read(path: Path, md5: str) -> Split:
     found = hashlib.md5(raw, usedforsecurity=False).hexdigest()
     if found != md5:
         raise UsageError(
-            f"{path} is not the official batch (MD5 {found}, expected {md5}, {len(raw)} bytes); delete it and run `make data`"
+            f"{path} is not the official batch (MD5 {found}, expected {md5}, {len(raw)} bytes); `make data` fetches it again"
         )
     records = torch.from_numpy(np.frombuffer(raw, np.uint8).reshape(-1, RECORD_BYTES).copy())
     return Split(records[:, 1:].reshape(-1, 3, 32, 32), records[:, 0].long())
@@ -239,7 +234,7 @@ def fetch() -> Path:
                 for batch in absent:
                     if not _intact(arrived / batch, CIFAR10[batch]):
                         raise RuntimeError(f"{batch} is not the official one")
-            except (OSError, RuntimeError, ValueError, subprocess.SubprocessError, tarfile.TarError) as e:
+            except Exception as e:  # whatever a source fails with, the next one is tried
                 failures.append(f"{name}: {' '.join(str(e).split())[:160]}")
                 continue
             for batch in absent:

@@ -11,14 +11,10 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import platform
 import shutil
-import subprocess
 import sys
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +27,10 @@ from alphaprune import data as images
 from alphaprune.errors import UsageError
 from alphaprune.models import vgg16
 from alphaprune.parallel import ParallelModel
-from alphaprune.settings import Settings, Stage, load_settings, project_root
-from alphaprune.storage import check_digest, load_tensors, save_tensors, write_bytes, write_json
+from alphaprune.progress import Progress
+from alphaprune.provenance import provenance
+from alphaprune.settings import Settings, Stage, given_parameters, load_settings, project_root
+from alphaprune.storage import load_tensors, save_tensors, write_bytes, write_json
 from alphaprune.train import (
     TRAINING_VERSION,
     Outcome,
@@ -89,17 +87,8 @@ class Experiment:
 
     @classmethod
     def from_notebook(cls, variables: Mapping[str, Any], before: set[str]) -> Experiment:
-        """The experiment that a notebook's parameters describe.
-
-        Args:
-            variables: the notebook's `globals()`.
-            before: the names that were there before the parameters cell. Every later one is a parameter, so a
-                misspelt one is found.
-        """
-        given = {
-            k: v for k, v in variables.items() if k not in before and not k.startswith("_") and v is not None
-        }
-        given.pop("before", None)
+        """The experiment that a notebook's parameters describe; arguments as of `settings.given_parameters`."""
+        given = given_parameters(variables, before)
         preset, experiment = given.pop("preset", None), given.pop("experiment", None)
         if not preset or not experiment:
             raise UsageError(
@@ -131,9 +120,25 @@ class Experiment:
         if parent not in (SCRATCH, BASE):
             other, _, its_stage = parent.rpartition("/")
             parent = self._resolve(other or experiment, its_stage, (*path, name))
+        self._check_descent(name, settings, found[0], parent)
         node = _Node(settings, found[0], parent, self._identity(settings, found[0], parent))
         self._nodes[name] = node
         return node
+
+    @staticmethod
+    def _check_descent(name: str, settings: Settings, stage: Stage, parent: _Node | str) -> None:
+        if not isinstance(parent, _Node):
+            return
+        if stage.alpha is None and parent.stage.alpha is not None:
+            raise UsageError(
+                f"stage '{name}' has no alpha, but '{parent.name}', which it starts from, has branches; give it an alpha"
+            )
+        for key in ("width", "keep_ratio"):
+            own, its = getattr(settings, key), getattr(parent.settings, key)
+            if own != its:
+                raise UsageError(
+                    f"{key} is {own:g} at '{name}', but {its:g} at '{parent.name}', which it starts from; set both alike"
+                )
 
     def _identity(self, settings: Settings, stage: Stage, parent: _Node | str) -> str:
         """A hash of everything that determines the stage's result; hardware and colours do not."""
@@ -158,11 +163,12 @@ class Experiment:
 
     def _base_digest(self, settings: Settings) -> str:
         beside = self.root / f"{settings.base}.sha256"
-        if not beside.is_file():
+        digest = beside.read_text().split()[:1] if beside.is_file() else []
+        if not digest:
             raise UsageError(
                 f"the pretrained weights {settings.base} are missing; run `make pretrain PRESET={settings.preset}`"
             )
-        return beside.read_text().split()[0]
+        return digest[0]
 
     def folder(self, node: _Node) -> Path:
         """Where a stage's weights and records lie."""
@@ -212,18 +218,17 @@ class Experiment:
         if self.settings.threads:
             torch.set_num_threads(self.settings.threads)
         for node in self.stages if again else ():
-            shutil.rmtree(self.folder(node), ignore_errors=True)
+            if self.why(node) is None:  # what was interrupted goes on
+                shutil.rmtree(self.folder(node))
         to_run = {n.name: n for stage in self.stages for n in self._missing(stage)}
         recorded = len([n for n in self.stages if n.name not in to_run])
         say(f"[{self.settings.experiment}] {len(to_run)} stages to train, {recorded} already recorded")
         if to_run:
             data = images.load(self.settings.data)
-            clock = _Clock(len(to_run), say)
-            for node, why in (
-                (n, self.why(n) or "its weights are needed and missing") for n in to_run.values()
-            ):
-                self._train(node, why, data, clock)
-        if self.settings.publish and self.stages:
+            progress = Progress(len(to_run), say)
+            for node in to_run.values():
+                self._train(node, self.why(node) or "its weights are needed and missing", data, progress)
+        if self.settings.publish and self.label == self.settings.experiment:
             self._publish()
         return self.history()
 
@@ -234,16 +239,15 @@ class Experiment:
         before = self._missing(node.parent, weights_needed=True) if isinstance(node.parent, _Node) else []
         return [*before, node]
 
-    def _train(self, node: _Node, why: str, data: images.Dataset, clock: _Clock) -> None:
+    def _train(self, node: _Node, why: str, data: images.Dataset, progress: Progress) -> None:
         s, stage, folder = node.settings, node.stage, self.folder(node)
-        clock.begin(node, why, s.max_epochs)
+        progress.begin(s.experiment, stage.name, stage.parent, why, s.max_epochs)
         model = self._start(node)
         checkpoint = folder / "resume.safetensors"
         val = data.val.first(s.val_images)
-        outcome = fit(
-            model, data.train.first(s.train_images), val, s.recipe(stage), node.key, checkpoint, clock.epoch
-        )
-        metrics = {"val_accuracy": outcome.best_accuracy}
+        train = data.train.first(s.train_images)
+        outcome = fit(model, train, val, s.recipe(stage), node.key, checkpoint, progress.epoch)
+        metrics = {"val_accuracy": outcome.reached}
         if stage.alpha is not None:
             # What the network would score if it were folded at this moment.
             model.alpha = 0.0
@@ -256,12 +260,11 @@ class Experiment:
             experiment=s.experiment, stage=stage.name, alpha=stage.alpha, lr=stage.lr
         )
         write_bytes(folder / "history.csv", history[COLUMNS].to_csv(index=False).encode())
-        write_json(
-            folder / "run.json", self._record(node, outcome, metrics, digest)
-        )  # last: it makes the stage recorded
+        # Last, since it makes the stage recorded.
+        write_json(folder / "run.json", self._record(node, outcome, metrics, digest))
         for leftover in folder.glob("resume.safetensors*"):
             leftover.unlink()
-        clock.end(node, outcome, metrics)
+        progress.end(outcome, metrics)
 
     def _start(self, node: _Node) -> nn.Module:
         """The model a stage trains, with the weights it starts from."""
@@ -278,13 +281,24 @@ class Experiment:
         return model
 
     def _network(self, node: _Node) -> nn.Module:
+        """The plain network a stage trains, or that the branches are put beside."""
+        if node.parent == BASE:
+            return self._pretrained(node.settings)
         torch.manual_seed(derive_seed(node.key, 0))
         network = vgg16(node.settings.width)
-        if node.parent == BASE:
-            check_digest(self.root / node.settings.base)
-            network.load_state_dict(load_tensors(self.root / node.settings.base)[0])
-        elif isinstance(node.parent, _Node):
+        if isinstance(node.parent, _Node):
             network.load_state_dict(load_tensors(self.folder(node.parent) / "weights.safetensors")[0])
+        return network
+
+    def _pretrained(self, settings: Settings) -> nn.Module:
+        network = vgg16(settings.width)
+        try:
+            network.load_state_dict(load_tensors(self.root / settings.base)[0])
+        except RuntimeError:
+            raise UsageError(
+                f"the weights in {settings.base} do not fit a VGG-16 of width {settings.width:g}; set width to "
+                f"theirs, or base to another file and run `make pretrain PRESET={settings.preset}`"
+            ) from None
         return network
 
     def _parallel(self, node: _Node) -> ParallelModel:
@@ -311,9 +325,7 @@ class Experiment:
 
     def base_network(self) -> nn.Module:
         """The preset's pretrained network, in eval mode."""
-        network = vgg16(self.settings.width)
-        network.load_state_dict(load_tensors(self.root / self.settings.base)[0])
-        return network.eval()
+        return self._pretrained(self.settings).eval()
 
     # ---- records
 
@@ -354,6 +366,11 @@ class Experiment:
         if not (self.root / f"{self.settings.base}.sha256").is_file() or not history.is_file():
             return None
         return pd.read_csv(history).assign(start=0, color=None)
+
+    def published_is_current(self) -> bool:
+        """Whether the published weights were made with these very parameters."""
+        record = json.loads((self.root / self.settings.publish / "run.json").read_text())
+        return record["identity"] == self.stages[-1].identity
 
     def curves(self) -> pd.DataFrame:
         """The measurements of the experiment's stages and of those of other experiments it starts from, with
@@ -406,63 +423,6 @@ class Experiment:
         save_tensors(target / Path(self.settings.base).name, load_tensors(source / "weights.safetensors")[0])
 
 
-class _Clock:
-    """Progress for people: where the run is, how accurate, and how long it may still take."""
-
-    def __init__(self, stages: int, say: Callable[[str], None]):
-        self.stages, self.done, self.say = stages, 0, say
-        self.started, self.epochs_run = time.monotonic(), 0
-
-    def begin(self, node: _Node, why: str, max_epochs: int) -> None:
-        self.node, self.max_epochs = node, max_epochs
-        self.where = f"[{node.settings.experiment}] stage {self.done + 1}/{self.stages} {node.stage.name}"
-        self.say(f"{self.where}: {why}; starts from {node.stage.parent}")
-
-    def epoch(self, outcome: Outcome) -> None:
-        self.epochs_run += 1
-        train, val = (
-            next(
-                r["value"]
-                for r in reversed(outcome.history)
-                if (r["split"], r["metric"]) == (split, "accuracy")
-            )
-            for split in ("train", "val")
-        )
-        left = (self.stages - self.done) * self.max_epochs - outcome.epochs
-        seconds = left * (time.monotonic() - self.started) / self.epochs_run
-        self.say(
-            f"{self.where}: epoch {outcome.epochs}/{self.max_epochs}, train {train:.1%}, validation {val:.1%}, "
-            f"at most {_duration(seconds)} left"
-        )
-
-    def end(self, node: _Node, outcome: Outcome, metrics: dict[str, float]) -> None:
-        self.done += 1
-        fold_now = f", if folded now {metrics['fold_now']:.1%}" if "fold_now" in metrics else ""
-        diverged = "; the loss was no longer finite" if outcome.diverged else ""
-        self.say(
-            f"{self.where}: best {outcome.best_accuracy:.1%} in epoch {outcome.best_epoch}{fold_now}{diverged}"
-        )
-
-
-def _duration(seconds: float) -> str:
-    minutes, hours = int(seconds // 60), int(seconds // 3600)
-    return f"{hours} h {minutes % 60:02d} min" if hours else f"{minutes} min {int(seconds % 60):02d} s"
-
-
-def provenance(root: Path) -> dict[str, Any]:
-    """Commit, versions, hardware and command of this process, for a record."""
-    git = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=root, capture_output=True, text=True
-    )
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {
-        "commit": git.stdout.strip() or None,
-        "versions": {name: version(name) for name in ("torch", "torchvision", "accelerate")}
-        | {"python": platform.python_version()},
-        "hardware": {"machine": platform.machine(), "gpu": gpu, "threads": torch.get_num_threads()},
-    }
-
-
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m alphaprune.experiment", description="Run one experiment."
@@ -478,7 +438,10 @@ def main(arguments: list[str] | None = None) -> None:
             key, equals, value = item.partition("=")
             if not equals:
                 raise UsageError(f"--set {item}: write NAME=VALUE, such as seed=1")
-            given[key] = yaml.safe_load(value)
+            try:
+                given[key] = yaml.safe_load(value)
+            except yaml.YAMLError:
+                raise UsageError(f"--set {item}: {value!r} is not a YAML value") from None
         if not args.file.is_file():
             raise UsageError(f"{args.file} does not exist; experiment files lie in params/<preset>/")
         file = args.file.resolve()

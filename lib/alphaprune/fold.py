@@ -96,7 +96,9 @@ def fold(
     for name in model.in_place:
         small.get_submodule(name).inplace = True
     small.requires_grad_(True).eval()
-    return small, _certify(model, small, model.example_input if images is None else images)
+    if images is None:
+        images = model.example_input.to(next(small.parameters()).device)
+    return small, _certify(model, small, images)
 
 
 def _narrow_layer(layer: nn.Module, reduce: nn.Module | None, expand: nn.Module | None) -> nn.Module:
@@ -121,9 +123,10 @@ def _certify(model: ParallelModel, small: nn.Module, images: Tensor) -> Certific
     model.eval()
     model.composed = False  # compare with the plain form: E, then W, then R
     found: dict[str, Tensor] = {}
+    # Cloned, since an activation in place may come next.
     hooks = [
         small.get_submodule(m.module).register_forward_hook(
-            lambda _, __, out, name=m.module: found.update({name: out})
+            lambda _, __, out, name=m.module: found.update({name: out.clone()})
         )
         for m in model.mixers.values()
     ]

@@ -55,13 +55,14 @@ class Mixer:
 class TracedNetwork:
     """The node list of a network and the role of every node that computes something.
 
-    `mixers` and `norms` map node names to the mixer, and to the module name of a normalisation whose narrow copy
-    the narrow program uses. All other nodes are channel-wise, or lie outside the part that is narrowed.
+    `mixers` and `norms` map node names to the mixer, and to a normalisation of which the narrow program has a copy:
+    its module's name and the channels of the tensor it normalises. All other nodes are channel-wise, or lie
+    outside the part that is narrowed.
     """
 
     graph: fx.Graph
     mixers: dict[str, Mixer]
-    norms: dict[str, str]
+    norms: dict[str, tuple[str, int]]
 
 
 def trace(network: nn.Module, example_input: Tensor) -> TracedNetwork:
@@ -101,7 +102,7 @@ def trace(network: nn.Module, example_input: Tensor) -> TracedNetwork:
 
     before_output = _reaches_output_without_mixer(traced)
     mixers: dict[str, Mixer] = {}
-    norms: dict[str, str] = {}
+    norms: dict[str, tuple[str, int]] = {}
     channels: dict[fx.Node, int] = {}  # of the nodes in the narrow program: their channels in the wide one
     seen: dict[str, str] = {}
     for node in graph.nodes:
@@ -129,7 +130,7 @@ def trace(network: nn.Module, example_input: Tensor) -> TracedNetwork:
             _check_channelwise(node, module, narrowed)
             channels[node] = channels[narrowed[0]]
             if isinstance(module, NORMS):
-                norms[node.name] = node.target
+                norms[node.name] = (node.target, channels[node])
     if not any(m.reads for m in mixers.values()):
         raise UsageError(
             f"{type(network).__name__} has fewer than two convolutions or linear layers in a row: nothing to prune"

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from alphaprune.errors import UsageError
+
 # Output channels of the 13 convolutions; "M" halves height and width.
 VGG16_CHANNELS = (64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, 512, "M", 512, 512, 512, "M")
 
@@ -61,8 +63,8 @@ def vgg16(width: float = 1.0, classes: int = 10) -> VGG:
         classes: number of logits.
 
     Raises:
-        ValueError: if `width` is not a positive number, or leaves a layer without channels.
+        UsageError: if `width` is not a positive number, or leaves a layer without channels.
     """
     if not (math.isfinite(width) and int(64 * width) >= 1):
-        raise ValueError(f"width is {width}; give a number of at least {1 / 64} (1.0 is the full VGG-16)")
+        raise UsageError(f"width is {width}; give a number of at least {1 / 64} (1.0 is the full VGG-16)")
     return VGG([c if c == "M" else int(c * width) for c in VGG16_CHANNELS], classes)

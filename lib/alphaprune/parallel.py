@@ -132,8 +132,8 @@ class ParallelModel(nn.Module):
                 self.reduce[node] = ChannelMap(m.writes, self._kept(m.writes, m.module), **factory)
             if m.reads:
                 self.expand[node] = ChannelMap(self._kept(m.reads, m.module), m.reads, m.positions, **factory)
-        for node, name in traced.norms.items():
-            self.narrow_norms[node] = self._narrow_norm(self.network.get_submodule(name), name)
+        for node, (name, channels) in traced.norms.items():
+            self.narrow_norms[node] = self._narrow_norm(name, channels)
         self.composed = True
         self.train_wide = True
         self.alpha = 1.0
@@ -146,14 +146,12 @@ class ParallelModel(nn.Module):
             )
         return k
 
-    def _narrow_norm(self, wide: nn.Module, name: str) -> nn.Module:
-        narrow = type(wide)(
-            self._kept(wide.num_features, name),
-            wide.eps,
-            wide.momentum,
-            wide.affine,
-            wide.track_running_stats,
-        )
+    def _narrow_norm(self, name: str, channels: int) -> nn.Module:
+        wide = self.network.get_submodule(name)
+        features = self._kept(channels, name) * (
+            wide.num_features // channels
+        )  # behind a flatten: k * positions
+        narrow = type(wide)(features, wide.eps, wide.momentum, wide.affine, wide.track_running_stats)
         return narrow.to(next(self.network.parameters()))
 
     @property

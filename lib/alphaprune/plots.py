@@ -33,45 +33,42 @@ def stage_curves(curves: pd.DataFrame, title: str, fold_now: bool = False) -> Fi
     The scale starts at 0 and ends at 100 %, so that figures can be laid side by side.
 
     Args:
-        curves: columns stage, alpha, lr, color (None: a grey), start (step at which the stage's curve begins),
-            step, split, metric, value (a share of 1), as `Experiment.curves` gives them.
+        curves: columns experiment, stage, alpha, lr, color (None: a grey), start (step at which the stage's curve begins),
+            step, split, metric, value (a share of 1), as `Experiment.curves` gives them: stages of other
+            experiments first.
         title: above the figure.
         fold_now: draw a third panel, the accuracy if the network were folded at the end of each stage.
     """
-    stages = curves.drop_duplicates("stage")[["stage", "alpha", "lr", "color"]].to_dict("records")
-    plain = [s["stage"] for s in stages if pd.isna(s["color"])]
-    greys = dict(zip(plain, sns.blend_palette([LIGHT, DARK], max(len(plain), 1)), strict=False))
+    stages = list(curves.groupby(["experiment", "stage"], sort=False))
+    own_experiment = curves["experiment"].iloc[-1]
+    uncolored = [key for key, own in stages if pd.isna(own["color"].iloc[0])]
+    greys = dict(zip(uncolored, sns.blend_palette([LIGHT, DARK], max(len(uncolored), 1)), strict=False))
     with matplotlib.rc_context(STYLE):
         panels = 3 if fold_now else 2
-        figure = Figure(figsize=(3.9 * panels, 3.6 + 0.17 * ((len(stages) + 3) // 4)), layout="constrained")
+        height = 3.6 + 0.17 * ((len(stages) + 3) // 4)
+        figure = Figure(figsize=(3.9 * panels, height), layout="constrained")
         axes = figure.subplots(1, panels, sharex=True, sharey=True)
-        for s in stages:
-            own = curves[curves["stage"] == s["stage"]]
-            color = greys.get(s["stage"], s["color"])
-            label = f"lr {s['lr']:g}" if pd.isna(s["alpha"]) else f"α {s['alpha']:g}, lr {s['lr']:g}"
-            width = 1.2 if s["stage"] in greys else 2.0
+        for (experiment, stage), own in stages:
+            first = own.iloc[0]
+            color = greys.get((experiment, stage), first["color"])
+            label = (
+                f"lr {first['lr']:g}"
+                if pd.isna(first["alpha"])
+                else f"α {first['alpha']:g}, lr {first['lr']:g}"
+            )
+            if experiment != own_experiment:
+                label = f"before: {label}"
+            width = 1.2 if (experiment, stage) in greys else 2.0
+            own = own.assign(x=own["start"] + own["step"], percent=100 * own["value"])
             for ax, split in zip(axes, ("train", "val"), strict=False):
                 points = own[(own["split"] == split) & (own["metric"] == "accuracy")]
                 marker = "o" if split == "val" else None
                 ax.plot(
-                    points["start"] + points["step"],
-                    100 * points["value"],
-                    color=color,
-                    lw=width,
-                    marker=marker,
-                    ms=3,
-                    label=label,
+                    points["x"], points["percent"], color=color, lw=width, marker=marker, ms=3, label=label
                 )
             if fold_now:
                 points = own[own["metric"] == "fold_now"]
-                axes[2].plot(
-                    points["start"] + points["step"],
-                    100 * points["value"],
-                    color=color,
-                    marker="s",
-                    ms=6,
-                    ls="",
-                )
+                axes[2].plot(points["x"], points["percent"], color=color, marker="s", ms=6, ls="")
         if fold_now:
             points = curves[curves["metric"] == "fold_now"]
             axes[2].plot(points["start"] + points["step"], 100 * points["value"], color=LIGHT, lw=1, zorder=0)

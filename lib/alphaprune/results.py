@@ -12,7 +12,7 @@ from alphaprune.prune import load_table
 from alphaprune.settings import project_root
 
 TRAINED = ("week_before", "earlier_run", "fig1", "section21", "fig2", "fig3", "fig4")
-FOLDED = "pruned"
+PRUNED = "pruned"
 
 
 class Results:
@@ -26,8 +26,8 @@ class Results:
 
     def __init__(self, preset: str, root: Path | None = None, **given: Any):
         self.preset, self.root = preset, root or project_root()
-        self.experiments = {name: Experiment(preset, name, self.root, **given) for name in (*TRAINED, FOLDED)}
-        self.table = load_table(self.experiments[FOLDED])
+        self.experiments = {name: Experiment(preset, name, self.root, **given) for name in (*TRAINED, PRUNED)}
+        self.table = load_table(self.experiments[PRUNED])
 
     @property
     def folder(self) -> Path:
@@ -36,7 +36,7 @@ class Results:
     def accuracy(self, name: str) -> float | None:
         """Percent by name: `<experiment>/<stage>` on validation, `pruned/<network>` on the test set; None if not run."""
         experiment, _, stage = name.partition("/")
-        if experiment == FOLDED:
+        if experiment == PRUNED:
             return (
                 None
                 if self.table is None

@@ -9,7 +9,9 @@ another preset, so that a preset says only what differs.
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
 import yaml
@@ -122,6 +124,18 @@ def project_root(start: Path | None = None) -> Path:
     raise UsageError(f"{here} is not inside the project; run from the folder that holds params/ and results/")
 
 
+def given_parameters(variables: Mapping[str, Any], before: set[str]) -> dict[str, Any]:
+    """The parameters of a notebook: its plain variables that were not there before the parameters cell.
+
+    Args:
+        variables: the notebook's `globals()`.
+        before: the names that were there before. Every later one counts, so a misspelt parameter is found.
+    """
+    plain = (bool, int, float, str, list, dict, type(None))
+    found = {k: v for k, v in variables.items() if k not in before and not k.startswith("_")}
+    return {k: v for k, v in found.items() if type(v) in plain}
+
+
 def load_settings(preset: str, experiment: str, root: Path | None = None, **given: Any) -> Settings:
     """Read, merge and check the settings of an experiment.
 
@@ -144,16 +158,19 @@ def load_settings(preset: str, experiment: str, root: Path | None = None, **give
             f"experiment '{experiment}' is unknown in preset '{preset}'; there are: {', '.join(experiments)}"
         )
     own_file = folder / preset / f"{experiment}.yaml"
+    shared_file = folder / preset / "preset.yaml"
+    sources = {
+        shared_file: _read_yaml(shared_file),
+        own_file: _read_yaml(own_file),
+        "the parameters given": given,
+    }
     merged: dict[str, Any] = {}
-    for source, content in (
-        (folder / preset / "preset.yaml", None),
-        (own_file, None),
-        ("the parameters given", given),
-    ):
-        content = _read_yaml(source) if content is None else content
+    origin: dict[str, Any] = {}  # where each value stands, for errors
+    for source, content in sources.items():
         for key in content:
             if key not in KEYS:
                 raise UsageError(f"{source}: parameter '{key}' is unknown{_like(key, KEYS)}")
+            origin[key] = source
         merged |= content
     if other := merged.pop("stages_of", None):
         merged = _what_to_do(folder / str(other) / f"{experiment}.yaml") | merged
@@ -162,8 +179,8 @@ def load_settings(preset: str, experiment: str, root: Path | None = None, **give
             f"{own_file}: preset and experiment must be '{preset}' and '{experiment}', as the file's place says"
         )
     merged |= {"preset": preset, "experiment": experiment}
-    merged["stages"] = _expand(merged.get("stages", ()), own_file)
-    return _validate(Settings, merged, own_file)
+    merged["stages"] = _expand(merged.get("stages", ()), origin.get("stages", own_file))
+    return _validate(Settings, merged, own_file, origin=origin)
 
 
 def _what_to_do(file: Path) -> dict[str, Any]:
@@ -184,7 +201,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return content
 
 
-def _expand(entries: Any, file: Path) -> tuple[Stage, ...]:
+def _expand(entries: Any, file: Path | str) -> tuple[Stage, ...]:
     """Stages and schedules as they stand in a file -> stages, named."""
     if not isinstance(entries, list | tuple):
         raise UsageError(f"{file}: stages must be a list")
@@ -196,7 +213,11 @@ def _expand(entries: Any, file: Path) -> tuple[Stage, ...]:
         elif isinstance(entry, dict) and "schedule" in entry:
             s = _validate(_Schedule, entry, file, where)
             parent = s.parent
-            for alpha in alphas(s.schedule, s.by, s.threshold):
+            try:
+                values = alphas(s.schedule, s.by, s.threshold)
+            except UsageError as e:
+                raise UsageError(f"{file}: {where}by: {e}") from None
+            for alpha in values:
                 name = stage_name(alpha, s.lr)
                 fields = {
                     "name": name,
@@ -205,7 +226,7 @@ def _expand(entries: Any, file: Path) -> tuple[Stage, ...]:
                     "from": parent,
                     "train_wide": s.train_wide,
                 }
-                stages.append(Stage(**fields, color=s.colors.get(name)))
+                stages.append(_validate(Stage, fields | {"color": s.colors.get(name)}, file, where))
                 parent = name
         elif isinstance(entry, dict):
             numbers = [entry.get("alpha"), entry.get("lr")]
@@ -216,7 +237,13 @@ def _expand(entries: Any, file: Path) -> tuple[Stage, ...]:
     return tuple(stages)
 
 
-def _validate(model: type[BaseModel], content: dict[str, Any], file: Path, where: str = "") -> Any:
+def _validate(
+    model: type[BaseModel],
+    content: dict[str, Any],
+    file: Path | str,
+    where: str = "",
+    origin: Mapping[str, Any] = MappingProxyType({}),
+) -> Any:
     try:
         return model.model_validate(content)
     except ValidationError as e:
@@ -234,6 +261,7 @@ def _validate(model: type[BaseModel], content: dict[str, Any], file: Path, where
             )
         else:
             message = f"{message}, not {str(value)[:60]!r}"
+        file = origin.get(key, file)
         raise UsageError(f"{file}: {key}: {message}" if key else f"{file}: {message}") from None
 
 

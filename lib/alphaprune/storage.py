@@ -68,7 +68,7 @@ def check_digest(path: Path) -> str:
             f"{path} or its .sha256 is missing; make it again (for pretrained weights: `make pretrain`)"
         )
     found = hashlib.sha256(path.read_bytes()).hexdigest()
-    if found != beside.read_text().split()[0]:
+    if beside.read_text().split()[:1] != [found]:
         raise UsageError(
             f"{path} is damaged: its SHA-256 differs from {beside.name}; delete both and run the same command again"
         )

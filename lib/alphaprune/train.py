@@ -76,6 +76,15 @@ class Outcome:
     seconds: float = 0.0
     diverged: bool = False
 
+    @property
+    def reached(self) -> float:
+        """Best validation accuracy after an epoch; where the first epoch diverged, what it left."""
+        if self.best_epoch or not self.diverged:
+            return self.best_accuracy
+        return next(
+            r["value"] for r in reversed(self.history) if (r["split"], r["metric"]) == ("val", "accuracy")
+        )
+
 
 def fit(
     model: nn.Module,
@@ -119,8 +128,7 @@ def fit(
 
     if not state.resume():
         loss, accuracy = evaluate(model, val, accelerator=accelerator)
-        state.note("val", "loss", loss)
-        state.note("val", "accuracy", accuracy)
+        state.note("val", loss=loss, accuracy=accuracy)
         state.keep_best(accuracy)
     outcome = state.outcome
     while not state.finished(recipe):
@@ -128,14 +136,10 @@ def fit(
         outcome.epochs += 1
         seed = derive_seed(key, outcome.epochs)
         torch.manual_seed(seed)
-        generator = torch.Generator().manual_seed(seed)
         model.train()
-        seen, correct, total_loss = (
-            0,
-            torch.zeros((), device=accelerator.device),
-            torch.zeros((), device=accelerator.device),
-        )
-        for step, (images, labels) in enumerate(batches(train, recipe.batch_size, generator), 1):
+        meter = _Meter(accelerator.device)
+        shuffled = batches(train, recipe.batch_size, torch.Generator().manual_seed(seed))
+        for step, (images, labels) in enumerate(shuffled, 1):
             logits = stepper(images)
             loss = F.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing)
             prepared.zero_grad()
@@ -145,23 +149,16 @@ def fit(
                 scheduler.step()
             outcome.steps += 1
             outcome.images += len(labels)
-            seen += len(labels)
-            correct += (logits.detach().argmax(1) == labels).sum()
-            total_loss += loss.detach() * len(labels)
-            if step % recipe.log_every == 0 or step == steps_an_epoch:  # the only waits for a GPU in an epoch
-                state.note("train", "accuracy", correct.item() / seen)
-                state.note("train", "loss", total_loss.item() / seen)
-                seen, correct, total_loss = 0, torch.zeros_like(correct), torch.zeros_like(total_loss)
+            meter.add(loss, logits, labels)
+            if step % recipe.log_every == 0 or step == steps_an_epoch:
+                state.note("train", **meter.read())
         val_loss, accuracy = evaluate(model, val, accelerator=accelerator)
-        state.note("val", "loss", val_loss)
-        state.note("val", "accuracy", accuracy)
-        state.note("train", "lr", optimizer.param_groups[0]["lr"])
-        outcome.diverged = not (
-            math.isfinite(val_loss) and all(math.isfinite(r["value"]) for r in outcome.history)
-        )
+        state.note("val", loss=val_loss, accuracy=accuracy)
+        state.note("train", lr=optimizer.param_groups[0]["lr"])
+        outcome.diverged = not all(math.isfinite(row["value"]) for row in outcome.history)
         if outcome.diverged:
-            outcome.history = [r for r in outcome.history if math.isfinite(r["value"])]
-        elif state.best is None or accuracy > outcome.best_accuracy or outcome.best_epoch == 0:
+            outcome.history = [row for row in outcome.history if math.isfinite(row["value"])]
+        elif outcome.best_epoch == 0 or accuracy > outcome.best_accuracy:  # 0: what the stage began with
             state.keep_best(accuracy)
         state.count_plateau(val_loss)
         if recipe.lr_schedule == "plateau":
@@ -203,6 +200,27 @@ def derive_seed(*parts: object) -> int:
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
 
 
+class _Meter:
+    """Mean loss and accuracy of the batches since it was last read, summed on the device.
+
+    Reading it is the only wait for a GPU in an epoch.
+    """
+
+    def __init__(self, device: torch.device):
+        self.sums = torch.zeros(3, device=device)  # loss, correct, images
+
+    def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
+        correct = (logits.detach().argmax(1) == labels).sum()
+        self.sums += torch.stack(
+            [loss.detach() * len(labels), correct, torch.full_like(loss, len(labels))]
+        ).detach()
+
+    def read(self) -> dict[str, float]:
+        loss, correct, images = self.sums.tolist()
+        self.sums.zero_()
+        return {"accuracy": correct / images, "loss": loss / images}
+
+
 class _State:
     """Everything a stage needs to go on: weights, momentum, schedule, best weights, history."""
 
@@ -212,11 +230,11 @@ class _State:
         self.best: dict[str, Tensor] | None = None
         self.lowest_loss, self.epochs_since_lowest = math.inf, 0
 
-    def note(self, split: str, metric: str, value: float) -> None:
+    def note(self, split: str, **measured: float) -> None:
         o = self.outcome
-        o.history.append(
-            {"step": o.steps, "epoch": o.epochs, "split": split, "metric": metric, "value": value}
-        )
+        for metric, value in measured.items():
+            row = {"step": o.steps, "epoch": o.epochs, "split": split, "metric": metric, "value": value}
+            o.history.append(row)
 
     def keep_best(self, accuracy: float) -> None:
         self.best = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
@@ -244,7 +262,7 @@ class _State:
             "lowest_loss": self.lowest_loss,
             "epochs_since_lowest": self.epochs_since_lowest,
         }
-        save_tensors(self.path, tensors, {"state": json.dumps(rest, default=str)})
+        save_tensors(self.path, tensors, {"state": json.dumps(rest)})
 
     def resume(self) -> bool:
         if not self.path.exists():
