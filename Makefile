@@ -23,7 +23,8 @@ CACHE := $(or $(ALPHAPRUNE_DATA),$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/alphapru
 CIFAR10 := $(CACHE)/cifar-10-batches-bin/test_batch.bin
 DATA := $(if $(filter smoke,$(PRESET)),,$(CIFAR10))
 
-EXPERIMENTS := week_before earlier_run fig1 section21 fig2 fig3 fig4
+# Long ones first, so that two at a time end together.
+EXPERIMENTS := week_before fig4 fig3 earlier_run section21 fig2 fig1
 LIBRARY := $(wildcard lib/alphaprune/*.py)
 EXECUTED := $(foreach e,pretrain $(EXPERIMENTS) pruned figures,$(R)/notebooks/$(e).ipynb)
 PAGES := $(patsubst $(R)/notebooks/%.ipynb,$(R)/html/%.html,$(EXECUTED))
