@@ -79,7 +79,8 @@ $(CIFAR10): | $(READY)
 # ---- experiments: a notebook each, with the right parents
 
 experiments: $(foreach e,$(EXPERIMENTS) pruned,$(R)/notebooks/$(e).ipynb)
-$(EXPERIMENTS) pruned: %: $(R)/notebooks/%.ipynb
+$(EXPERIMENTS): %: $(R)/notebooks/%.ipynb
+pruned: $(R)/notebooks/pruned.ipynb
 
 $(R)/notebooks/pretrain.ipynb: notebooks/01_pretraining.ipynb params/$(PRESET)/pretrain.yaml params/$(PRESET)/preset.yaml | $(READY) $(DATA)
 	@$(RUN) $< $@ -f params/$(PRESET)/pretrain.yaml
