@@ -9,7 +9,7 @@ import yaml
 
 from alphaprune import UsageError, fold
 from alphaprune.experiment import COLUMNS, Experiment
-from alphaprune.prune import load_table, prune
+from alphaprune.prune import load_pruned, prune
 from alphaprune.results import Results
 
 
@@ -144,16 +144,23 @@ def test_fold_now_is_the_accuracy_of_the_folded_network(small):
 def test_prune_records_the_table_and_the_test_set(small):
     run(small)
     experiment = Experiment("smoke", "pruned", small)
-    assert load_table(experiment) is None
-    _, certificate, table = prune(experiment)
-    assert certificate.exact
-    accuracy = table.set_index("network")["test_accuracy"]
+    assert load_pruned(experiment) is None
+    pruned = prune(experiment)
+    assert pruned.certificate.exact
+    accuracy = pruned.table.set_index("network")["test_accuracy"]
     assert accuracy["folded"] == accuracy["alpha 0"]
-    pd.testing.assert_frame_equal(load_table(experiment), table)
-    assert load_table(Experiment("smoke", "pruned", small, seed=1)) is None
+    assert load_pruned(Experiment("smoke", "pruned", small, seed=1)) is None
     assert Results("smoke", small).accuracy("pruned/folded") == pytest.approx(100 * accuracy["folded"])
     record = next((small / "results" / "smoke" / "stages" / "pruned").glob("*/run.json"))
     assert json.loads(record.read_text())["certificate"]["alpha"] == 0
+
+    for weights in (small / "results" / "smoke" / "stages").rglob("*.safetensors"):
+        weights.unlink()
+    before = record.read_bytes()
+    again = prune(experiment)  # from the record: no weights, and no second reading of the test set
+    assert (again.network, again.certificate) == (pruned.network, pruned.certificate)
+    pd.testing.assert_frame_equal(again.table, pruned.table)
+    assert record.read_bytes() == before
 
 
 def test_frozen_stages_leave_the_pretrained_weights(small):

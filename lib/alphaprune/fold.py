@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -56,6 +57,18 @@ class Certificate:
         tolerance = TOLERANCE.get(getattr(torch, self.dtype), 1e-2)
         pairs = [*((d, largest) for _, d, largest in self.layers), (self.logits, self.largest_logit)]
         return all(difference <= tolerance * largest for difference, largest in pairs)
+
+    @classmethod
+    def from_record(cls, record: dict[str, Any]) -> Certificate:
+        """The certificate that `dataclasses.asdict` wrote and JSON returned, lists for tuples."""
+        alpha = record["alpha"]
+        return cls(
+            **record
+            | {
+                "layers": tuple(tuple(row) for row in record["layers"]),
+                "alpha": tuple(alpha) if isinstance(alpha, list) else alpha,
+            }
+        )
 
     def __str__(self) -> str:
         return (

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
-from torch import nn
 
 from alphaprune import data as images
 from alphaprune.errors import UsageError
@@ -25,14 +24,27 @@ COLUMNS = ["network", "val_accuracy", "test_accuracy", "parameters", "multiply_a
 ORIGINAL, UNFOLDED, FOLDED = "original", "alpha 0", "folded"
 
 
-def prune(experiment: Experiment) -> tuple[nn.Module, Certificate, pd.DataFrame]:
-    """Fold the model that the experiment's `folds` names, compare it with what it came from, record it.
+@dataclass(frozen=True)
+class Pruned:
+    """What folding gave.
 
-    Writes `run.json` and `weights.safetensors`, the folded network, beside the records of the stages.
+    Attributes:
+        network: the folded network, as it prints.
+        certificate: measured on validation images.
+        table: a row each for the original, the unfolded model at alpha 0 and the folded network; columns
+            `COLUMNS`, accuracies in 0..1.
+    """
 
-    Returns:
-        The folded network, the certificate on the validation images, and a table with a row each for the
-        original, the unfolded model at alpha 0 and the folded network.
+    network: str
+    certificate: Certificate
+    table: pd.DataFrame
+
+
+def prune(experiment: Experiment) -> Pruned:
+    """Fold the model that the experiment's `folds` names and compare it with what it came from, or take the record.
+
+    Writes `run.json` and `weights.safetensors`, the folded network, beside the records of the stages. A model that
+    is recorded is not folded again, and the test images are not read again.
 
     Raises:
         UsageError: if the experiment folds nothing, or the stage it folds has not run.
@@ -42,6 +54,23 @@ def prune(experiment: Experiment) -> tuple[nn.Module, Certificate, pd.DataFrame]
         raise UsageError(
             f"experiment '{s.experiment}' has no `folds`; name the stage to fold, such as fig4/a0-lr0.1"
         )
+    return load_pruned(experiment) or _prune(experiment)
+
+
+def load_pruned(experiment: Experiment) -> Pruned | None:
+    """What `prune` recorded for this very model, None if it has not run."""
+    record = _folder(experiment) / "run.json"
+    if not record.is_file():
+        return None
+    content = json.loads(record.read_text())
+    if content["identity"] != experiment.find(experiment.settings.folds).identity:
+        return None
+    certificate = Certificate.from_record(content["certificate"])
+    return Pruned(content["network"], certificate, pd.DataFrame(content["table"], columns=COLUMNS))
+
+
+def _prune(experiment: Experiment) -> Pruned:
+    s = experiment.settings
     if s.threads:
         torch.set_num_threads(s.threads)
     model = experiment.model(s.folds)
@@ -55,13 +84,13 @@ def prune(experiment: Experiment) -> tuple[nn.Module, Certificate, pd.DataFrame]
         validation, final = (evaluate(network, split)[1] for split in (val, test))
         costs = parameters(network), multiply_adds(network, torch.zeros(1, 3, 32, 32))
         rows.append(dict(zip(COLUMNS, (name, validation, final, *costs), strict=True)))
-    table = pd.DataFrame(rows)
     folder = _folder(experiment)
     digest = save_tensors(folder / "weights.safetensors", small.state_dict())
     record: dict[str, Any] = {
         "experiment": s.experiment,
         "folds": s.folds,
         "identity": experiment.find(s.folds).identity,
+        "network": str(small),
         "table": rows,
         "test_images": len(test),
         "certificate": asdict(certificate),
@@ -69,18 +98,7 @@ def prune(experiment: Experiment) -> tuple[nn.Module, Certificate, pd.DataFrame]
         **provenance(experiment.root),
     }
     write_json(folder / "run.json", record)
-    return small, certificate, table
-
-
-def load_table(experiment: Experiment) -> pd.DataFrame | None:
-    """The table that `prune` recorded for this very model, None if it has not run."""
-    record = _folder(experiment) / "run.json"
-    if not record.is_file():
-        return None
-    content = json.loads(record.read_text())
-    if content["identity"] != experiment.find(experiment.settings.folds).identity:
-        return None
-    return pd.DataFrame(content["table"], columns=COLUMNS)
+    return Pruned(str(small), certificate, pd.DataFrame(rows, columns=COLUMNS))
 
 
 def _folder(experiment: Experiment) -> Path:

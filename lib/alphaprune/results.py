@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 
 from alphaprune.experiment import Experiment
-from alphaprune.prune import load_table
+from alphaprune.prune import load_pruned
 from alphaprune.settings import project_root
 
 TRAINED = ("week_before", "earlier_run", "fig1", "section21", "fig2", "fig3", "fig4")
@@ -27,7 +27,7 @@ class Results:
     def __init__(self, preset: str, root: Path | None = None, **given: Any):
         self.preset, self.root = preset, root or project_root()
         self.experiments = {name: Experiment(preset, name, self.root, **given) for name in (*TRAINED, PRUNED)}
-        self.table = load_table(self.experiments[PRUNED])
+        self.pruned = load_pruned(self.experiments[PRUNED])
 
     @property
     def folder(self) -> Path:
@@ -37,11 +37,9 @@ class Results:
         """Percent by name: `<experiment>/<stage>` on validation, `pruned/<network>` on the test set; None if not run."""
         experiment, _, stage = name.partition("/")
         if experiment == PRUNED:
-            return (
-                None
-                if self.table is None
-                else 100 * self.table.set_index("network").at[stage, "test_accuracy"]
-            )
+            if self.pruned is None:
+                return None
+            return 100 * self.pruned.table.set_index("network").at[stage, "test_accuracy"]
         record = self.experiments[experiment].record(stage)
         return None if record is None else 100 * record["metrics"]["val_accuracy"]
 
