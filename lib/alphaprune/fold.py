@@ -12,9 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
 
+from alphaprune.channel_map import compose, compose_bias
 from alphaprune.errors import UsageError
-from alphaprune.parallel import ParallelModel, compose
+from alphaprune.graph import Mixer, attribute
+from alphaprune.parallel import ParallelModel
+from alphaprune.trace import as_inputs
 
 # Largest difference, relative to the largest value, that rounding explains.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
@@ -27,7 +31,8 @@ class Certificate:
     Attributes:
         layers: for each reduced mixer its name, the largest absolute difference behind it, and the largest
             absolute value there.
-        logits: largest absolute difference of the logits.
+        logits: largest absolute difference of the logits, or whatever the network gives; of several outputs, of the
+            one that differs most for its size.
         largest_logit: largest absolute logit of the unfolded network.
         agreement: share of images with the same predicted class, 0..1.
         images: how many images were compared.
@@ -79,13 +84,14 @@ class Certificate:
 
 @torch.no_grad()
 def fold(
-    model: ParallelModel, images: Tensor | None = None, force: bool = False
+    model: ParallelModel, images: Tensor | tuple[Tensor, ...] | None = None, force: bool = False
 ) -> tuple[nn.Module, Certificate]:
     """Write the narrow program of a model at alpha = 0 down as a plain network of the original class.
 
     Args:
         model: the parallel model; it is not changed.
-        images: what the certificate is measured on, (N, C, H, W); the model's example input if None.
+        images: what the certificate is measured on, (N, C, H, W), a tuple for several inputs; the model's example
+            input if None.
         force: fold at an alpha above 0 too; the certificate then says how far off that is.
 
     Returns:
@@ -99,66 +105,104 @@ def fold(
             f"alpha is {model.alpha}, folding is exact only at 0; set model.alpha = 0, or fold(..., force=True)"
         )
     small = copy.deepcopy(model.network)
-    for node, m in model.mixers.items():
-        reduce = model.reduce[node] if m.writes else None
-        expand = model.expand[node] if m.reads else None
-        small.set_submodule(m.module, _narrow_layer(small.get_submodule(m.module), reduce, expand))
-    for node in model.graph.nodes:
-        if node.name in model.narrow_norms:
-            small.set_submodule(node.target, copy.deepcopy(model.narrow_norms[node.name]))
+    for m in model.mixers:
+        _fold_mixer(model, small, m)
+    for layer in model.structure.channel_layers.values():
+        if layer.key in model.narrow_layers:
+            _replace(small, layer.name, copy.deepcopy(model.narrow_layers[layer.key]))
+        elif layer.key in model.narrow_parameters:
+            _set(small, layer.name, model.narrow_parameters[layer.key].detach().clone())
     for name in model.in_place:
         small.get_submodule(name).inplace = True
     small.requires_grad_(True).eval()
     if images is None:
-        images = model.example_input.to(next(small.parameters()).device)
-    return small, _certify(model, small, images)
+        device = next(small.parameters()).device
+        images = tuple(x.to(device) for x in model.example_input)
+    return small, _certify(model, small, as_inputs(images))
 
 
-def _narrow_layer(layer: nn.Module, reduce: nn.Module | None, expand: nn.Module | None) -> nn.Module:
-    """R . W . E as a layer of W's own kind. Multiplied in float64, since the weights are all that remains."""
-    double = [copy.deepcopy(m).double() if m is not None else None for m in (reduce, expand)]
-    weight = compose(layer.weight.double(), *double).to(layer.weight)
-    narrow = copy.copy(layer)  # keeps stride, padding, dilation, padding mode and whatever else it is set to
-    narrow._parameters = dict(layer._parameters)
-    narrow.weight = nn.Parameter(weight)
-    if layer.bias is not None:
-        bias = layer.bias.double() if reduce is None else double[0].weight @ layer.bias.double()
-        narrow.bias = nn.Parameter(bias.to(layer.bias))
-    if isinstance(layer, nn.Conv2d):
-        narrow.out_channels, narrow.in_channels = weight.shape[:2]
-    else:
-        narrow.out_features, narrow.in_features = weight.shape
-    return narrow
+def _fold_mixer(model: ParallelModel, small: nn.Module, m: Mixer) -> None:
+    """R . W . E in W's place. Multiplied in float64, since the weights are all that remains."""
+    branches = [d[m.key] if m.key in d else None for d in (model.reduce, model.expand)]
+    if branches == [None, None]:
+        return
+    reduce, expand = (None if b is None else copy.deepcopy(b).double() for b in branches)
+    weight = attribute(small, m.weight)
+    bias = None if m.bias is None else attribute(small, m.bias)
+    values = compose(weight.double(), reduce, expand, m.groups, m.transposed).to(weight)
+    if m.name != m.weight:  # a layer: a new one, that keeps stride, padding and whatever else it is set to
+        layer = small.get_submodule(m.name)
+        narrow = copy.copy(layer)
+        narrow._parameters = dict(layer._parameters)
+        if isinstance(layer, nn.Linear):
+            narrow.out_features, narrow.in_features = values.shape
+        else:
+            outputs, inputs = (1, 0) if m.transposed else (0, 1)
+            grouped = [values.shape[0], values.shape[1] * m.groups]
+            narrow.out_channels, narrow.in_channels = grouped[outputs], grouped[inputs]
+        _replace(small, m.name, narrow)
+    _set(small, m.weight, values)
+    if bias is not None:
+        _set(small, m.bias, compose_bias(bias.double(), reduce).to(bias))
 
 
-def _certify(model: ParallelModel, small: nn.Module, images: Tensor) -> Certificate:
+def _replace(network: nn.Module, name: str, new: nn.Module) -> None:
+    """Put a module in the place of another, wherever it is registered."""
+    old = network.get_submodule(name)
+    for parent in list(network.modules()):
+        for key, child in parent._modules.items():
+            if child is old:
+                parent._modules[key] = new
+
+
+def _set(network: nn.Module, name: str, values: Tensor) -> None:
+    owner, _, last = name.rpartition(".")
+    module = network.get_submodule(owner)
+    setattr(module, last, nn.Parameter(values) if last in module._parameters else values)
+
+
+def _certify(model: ParallelModel, small: nn.Module, images: tuple[Tensor, ...]) -> Certificate:
     was_training, was_composed = model.training, model.composed
     model.eval()
     model.composed = False  # compare with the plain form: E, then W, then R
     found: dict[str, Tensor] = {}
     # Cloned, since an activation in place may come next.
     hooks = [
-        small.get_submodule(m.module).register_forward_hook(
-            lambda _, __, out, name=m.module: found.update({name: out.clone()})
+        small.get_submodule(m.name).register_forward_hook(
+            lambda _, __, out, name=m.name: found.update({name: out.clone()})
         )
-        for m in model.mixers.values()
+        for m in model.mixers
+        if m.name != m.weight
     ]
     try:
-        logits, narrow = model.run(images)
-        folded_logits = small(images)
+        output, narrow = model.run(*images)
+        folded = small(*images)
     finally:
         for hook in hooks:
             hook.remove()
         model.composed = was_composed
         model.train(was_training)
+    outputs, folded_outputs = tree_flatten(output)[0], tree_flatten(folded)[0]
+    differences = [(a - b).abs().max().item() for a, b in zip(outputs, folded_outputs, strict=True)]
+    largest = [a.abs().max().item() for a in outputs]
+    worst = max(range(len(outputs)), key=lambda i: differences[i] / (largest[i] or 1))
     return Certificate(
         layers=tuple(
-            (name, (z - found[name]).abs().max().item(), z.abs().max().item()) for name, z in narrow.items()
+            (name, (z - found[name]).abs().max().item(), z.abs().max().item())
+            for name, z in narrow.items()
+            if name in found
         ),
-        logits=(logits - folded_logits).abs().max().item(),
-        largest_logit=logits.abs().max().item(),
-        agreement=(logits.argmax(1) == folded_logits.argmax(1)).double().mean().item(),
-        images=len(images),
-        dtype=str(images.dtype).removeprefix("torch."),
+        logits=differences[worst],
+        largest_logit=largest[worst],
+        agreement=_agreement(outputs, folded_outputs),
+        images=len(images[0]),
+        dtype=str(outputs[0].dtype).removeprefix("torch."),
         alpha=model.alpha,
     )
+
+
+def _agreement(outputs: list[Tensor], folded: list[Tensor]) -> float:
+    """Share of equal predictions; of all places, where a prediction is made for each."""
+    pairs = [(a, b) for a, b in zip(outputs, folded, strict=True) if a.dim() > 1]
+    equal = torch.cat([(a.argmax(1) == b.argmax(1)).flatten() for a, b in pairs]) if pairs else torch.ones(1)
+    return equal.double().mean().item()

@@ -1,35 +1,48 @@
-"""Which nodes of a traced network mix channels, which keep them apart, and what a mixer reads.
+"""Which nodes of a network mix channels, which keep them apart, and which channels are tied together.
 
-`torch.fx` turns the network into a list of nodes. A *mixer* (convolution, linear layer) computes every output
-channel from all input channels; everything between mixers treats each channel on its own, so it can run on
-fewer channels without a change. That is all that pruning needs to know. A kind of node is covered by adding it
-to one of the tables below; a node that no table covers is an error that names it.
+A *mixer* (convolution, linear layer) computes every output channel from all input channels; what lies between
+mixers treats each channel on its own, by the rules of `rules.py`, and can run on fewer of them. Every output channel of
+a mixer gets an id, and the ids are followed through the graph: an addition ties those that meet, a concatenation joins
+them, a channel shuffle reorders them. Channels that reach the network's output, or that the user excludes,
+cannot be narrowed, and with them all that are tied to them.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import difflib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.fx.passes.shape_prop import ShapeProp
 from torch.nn import functional as F
+from torch.utils._pytree import tree_flatten
 
 from alphaprune.errors import UsageError
+from alphaprune.rules import Rule, describe, rule_of
+from alphaprune.ties import Ties, atoms
+from alphaprune.trace import MIXING_LAYERS, NORMS, TRANSPOSED, Trace
 
-MIXERS = (nn.Conv2d, nn.Linear)
-NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
-CHANNELWISE_MODULES = (
-    nn.Identity, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SiLU, nn.GELU, nn.Hardswish, nn.Sigmoid, nn.Hardsigmoid,
-    nn.Tanh, nn.Softplus, nn.Mish, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d,
-    nn.Dropout, nn.Dropout2d, nn.Flatten,
-)  # fmt: skip
-CHANNELWISE_FUNCTIONS = (
-    torch.relu, F.relu, F.relu6, F.leaky_relu, F.elu, F.silu, F.gelu, F.hardswish, torch.sigmoid, F.sigmoid,
-    F.hardsigmoid, torch.tanh, F.tanh, F.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d, F.adaptive_max_pool2d,
-    F.dropout, F.dropout2d, torch.flatten,
-)  # fmt: skip
-CHANNELWISE_METHODS = ("relu", "sigmoid", "tanh", "flatten", "contiguous")
+MIXING_FUNCTIONS = {
+    F.linear: None,  # and where `groups` stands among the arguments of the others
+    F.conv1d: 6, F.conv2d: 6, F.conv3d: 6,
+    F.conv_transpose1d: 6, F.conv_transpose2d: 6, F.conv_transpose3d: 6,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """How the channels of a tensor lie along its channel dimension: (outer, channels, inner) entries.
+
+    (1, C, 1) for a map, (1, C, H * W) behind a flatten, (H * W, C, 1) behind one of channels-last maps.
+    """
+
+    outer: int
+    channels: int
+    inner: int
 
 
 @dataclass(frozen=True)
@@ -37,153 +50,480 @@ class Mixer:
     """A convolution or linear layer, and how the narrow program meets it.
 
     Attributes:
-        node: name of its node in the traced graph.
-        module: qualified name of its module in the network.
-        reads: channels C of the narrowed tensor it reads, 0 if it reads the network's input as it is.
-        positions: entries that a flatten put behind each channel it reads (1 for a convolution).
-        writes: its output channels if the narrow program goes on behind it, 0 for the last mixer.
+        key: name of the first node that calls it; its branches are kept under this name.
+        source: name of the node whose tensor that first node reads.
+        name: qualified name of the layer, or of its weight where a function is called with it.
+        weight, bias: qualified names of its parameters; bias None if it has none.
+        groups: of a grouped convolution, else 1.
+        transposed: whether its weight is (in, out / groups, ...) and not (out, in / groups, ...).
+        dim: the dimension it mixes, 1 for a convolution, -1 for a linear layer.
+        reads: how the channels it reads lie; None if it reads tensors that are not narrowed.
+        ids_in: ids of the entries it reads, None likewise.
+        ids: ids of its output channels.
     """
 
-    node: str
-    module: str
-    reads: int
-    positions: int
-    writes: int
+    key: str
+    source: str
+    name: str
+    weight: str
+    bias: str | None
+    groups: int
+    transposed: bool
+    dim: int
+    reads: Pattern | None
+    ids_in: Tensor | None
+    ids: Tensor
 
 
 @dataclass(frozen=True)
-class TracedNetwork:
-    """The node list of a network and the role of every node that computes something.
+class ChannelLayer:
+    """A layer with a number for each channel, of which the narrow program has its own copy: a normalisation, a
+    depthwise convolution, a PReLU, or a parameter that is added to or multiplied with a tensor.
 
-    `mixers` and `norms` map node names to the mixer, and to a normalisation of which the narrow program has a copy:
-    its module's name and the channels of the tensor it normalises. All other nodes are channel-wise, or lie
-    outside the part that is narrowed.
+    Attributes:
+        key: name of the first node that calls it.
+        name: qualified name of the layer or parameter.
+        ids: ids of the entries it holds numbers for.
+        dim: where the channels lie: in the tensor it acts on, or in the parameter itself.
+        is_parameter: whether it is a parameter and no layer.
     """
 
-    graph: fx.Graph
-    mixers: dict[str, Mixer]
-    norms: dict[str, tuple[str, int]]
+    key: str
+    name: str
+    ids: Tensor
+    dim: int
+    is_parameter: bool
 
 
-def trace(network: nn.Module, example_input: Tensor) -> TracedNetwork:
-    """Trace a network and find the role of each node.
+@dataclass
+class Structure:
+    """A traced network, read: the role of every node, and which channels are tied.
+
+    Attributes:
+        trace: the network as nodes.
+        mixers, channel_layers: by the name of each node that calls one.
+        labels: by node name the ids in its tensor, of length 1 in every dimension along which they do not differ;
+            None where a tensor is not narrowed.
+        atoms: sets of roots; of each set a share is kept.
+        fixed: why channels are not narrowed, by root.
+    """
+
+    trace: Trace
+    ties: Ties = field(default_factory=Ties)
+    mixers: dict[str, Mixer] = field(default_factory=dict)
+    channel_layers: dict[str, ChannelLayer] = field(default_factory=dict)
+    labels: dict[str, Any] = field(default_factory=dict)
+    atoms: list[Tensor] = field(default_factory=list)
+    fixed: dict[int, str] = field(default_factory=dict)
+
+    def is_fixed(self, ids: Tensor) -> bool:
+        """Whether none of these channels is narrowed."""
+        return bool(torch.isin(self.ties.roots(ids), self._fixed_roots).all())
+
+    @cached_property
+    def _fixed_roots(self) -> Tensor:  # only asked for when all reasons are known
+        return torch.tensor(sorted(self.fixed), dtype=torch.long)
+
+    def why_fixed(self, mixer: Mixer) -> str | None:
+        """Why a mixer keeps all its channels, None if it does not."""
+        reasons = {self.fixed.get(r) for r in self.ties.roots(mixer.ids).tolist()}
+        return None if None in reasons else min(reasons, key=lambda r: (r.startswith("tied"), r))
+
+
+def read(trace: Trace, exclude: Sequence[str] = ()) -> Structure:
+    """Find the role of every node and the ties between channels.
 
     Args:
-        network: any module that `torch.fx` can trace, with one input and one output.
-        example_input: a batch as the network expects it, (N, C, H, W); its values do not matter.
-
-    Returns:
-        The traced network.
+        trace: the traced network.
+        exclude: names of layers, of modules that contain them, or patterns such as `layer4.*`, whose output
+            channels are all kept.
 
     Raises:
-        UsageError: naming the node, if the network cannot be traced or a node is covered by no rule.
+        UsageError: if a node that must be narrowed is covered by no rule, a layer is used under two shapes, a
+            pattern matches nothing, or nothing is left to narrow.
     """
-    try:
-        graph = fx.Tracer().trace(network)
-    except Exception as e:
-        raise UsageError(
-            f"{type(network).__name__} cannot be traced ({' '.join(str(e).split())[:160]}); "
-            "control flow that depends on data must leave forward()"
-        ) from None
-    traced = fx.GraphModule(network, graph)
-    was_training = network.training
-    traced.eval()
-    try:
-        with torch.no_grad():
-            ShapeProp(traced).propagate(example_input)
-    except Exception as e:
-        cause = str(e.__cause__ or e).strip().splitlines()[0]
-        raise UsageError(
-            f"example_input {tuple(example_input.shape)} {example_input.dtype} on {example_input.device} does not "
-            f"pass through the network: {cause}"
-        ) from None
-    finally:
-        network.train(was_training)
-
-    before_output = _reaches_output_without_mixer(traced)
-    mixers: dict[str, Mixer] = {}
-    norms: dict[str, tuple[str, int]] = {}
-    channels: dict[fx.Node, int] = {}  # of the nodes in the narrow program: their channels in the wide one
-    seen: dict[str, str] = {}
-    for node in graph.nodes:
-        if node.op in ("placeholder", "output"):
-            continue
-        module = traced.get_submodule(node.target) if node.op == "call_module" else None
-        if module is not None and next(module.parameters(), None) is not None:
-            if node.target in seen:
-                raise UsageError(f"module '{node.target}' is used twice; give each use a module of its own")
-            seen[node.target] = node.name
-        narrowed = [n for n in node.all_input_nodes if n in channels]
-        if isinstance(module, MIXERS):
-            source = node.all_input_nodes[0]
-            _check_mixer(node, module, source)
-            out = module.out_channels if isinstance(module, nn.Conv2d) else module.out_features
-            reads = channels.get(source, 0)
-            width = module.in_channels if isinstance(module, nn.Conv2d) else module.in_features
-            last = node in before_output
-            mixers[node.name] = Mixer(
-                node.name, node.target, reads, width // reads if reads else 1, 0 if last else out
-            )
-            if not last:
-                channels[node] = out
-        elif narrowed:
-            _check_channelwise(node, module, narrowed)
-            channels[node] = channels[narrowed[0]]
-            if isinstance(module, NORMS):
-                norms[node.name] = (node.target, channels[node])
-    if not any(m.reads for m in mixers.values()):
-        raise UsageError(
-            f"{type(network).__name__} has fewer than two convolutions or linear layers in a row: nothing to prune"
-        )
-    return TracedNetwork(graph, mixers, norms)
+    reader = _Reader(trace)
+    for node in trace.nodes:
+        reader.read(node)
+    return reader.finish(exclude)
 
 
-def _reaches_output_without_mixer(traced: fx.GraphModule) -> set[fx.Node]:
-    """Nodes from which a path leads to the output that passes no further mixer."""
-    found: set[fx.Node] = set()
-    for node in reversed(traced.graph.nodes):
+def matches(name: str, pattern: str) -> bool:
+    """Whether a layer is meant: by its name, a module that contains it, or a pattern."""
+    return name == pattern or name.startswith(f"{pattern}.") or fnmatchcase(name, pattern)
+
+
+class _Uncovered(Exception):
+    """No rule covers the node; the argument says why."""
+
+
+class _Reader:
+    def __init__(self, trace: Trace):
+        self.trace, self.s = trace, Structure(trace)
+        self.ties, self.labels = self.s.ties, self.s.labels
+        self.reasons: list[tuple[Tensor, str]] = []  # channels that are not narrowed, and why
+        self.uncovered: list[tuple[str, Tensor]] = []
+        self.unknown: set[str] = set()  # nodes behind an uncovered one, whose channels nobody knows
+        self.reasons_behind: list[tuple[Tensor, str]] = []  # what meets those is not narrowed either
+        self.blocks: list[tuple[Tensor, int]] = []  # channels that are divided into blocks of equal share
+        self.by_name: dict[str, Mixer | ChannelLayer] = {}
+
+    # ---- one node
+
+    def read(self, node: fx.Node) -> None:
+        module = self.trace.module(node)
+        inputs = [self.labels[n.name] for n in node.all_input_nodes]
+        labelled = [x for x in tree_flatten(inputs)[0] if isinstance(x, Tensor)]
+        self.labels[node.name] = None
         if node.op == "output":
-            found.update(node.all_input_nodes)
-        elif node in found:
-            is_mixer = node.op == "call_module" and isinstance(traced.get_submodule(node.target), MIXERS)
-            if not is_mixer:
-                found.update(node.all_input_nodes)
-    return found
+            for x in labelled:
+                self.reasons.append((x, "it is the network's output"))
+        elif node.op == "get_attr":
+            self.labels[node.name] = self._parameter(node)
+        elif node.op != "placeholder":
+            try:
+                if isinstance(module, MIXING_LAYERS) or node.target in MIXING_FUNCTIONS:
+                    self.labels[node.name] = self._mixer(node, module)
+                elif labelled and _tensors(self.trace.values[node.name]):
+                    self.labels[node.name] = self._channelwise(node, module)
+            except _Uncovered as why:
+                if not labelled:
+                    raise UsageError(f"{describe(node, module)} {why}") from None
+                involved = torch.cat([x.flatten() for x in labelled])
+                self.uncovered.append((f"{describe(node, module)} {why}", involved))
+                self.unknown.add(node.name)
+            if self.labels[node.name] is None and any(n.name in self.unknown for n in node.all_input_nodes):
+                self.unknown.add(node.name)
 
+    def _channelwise(self, node: fx.Node, module: nn.Module | None) -> Any:
+        if isinstance(module, NORMS) or (isinstance(module, nn.PReLU) and module.num_parameters > 1):
+            return self._channel_layer(node, module)
+        if isinstance(module, nn.PReLU):
+            return self._given(node)
+        rule = rule_of(node, module)
+        if rule is None:
+            raise _Uncovered("is covered by no rule, it may mix channels")
+        apply = {
+            Rule.ELEMENTWISE: self._elementwise,
+            Rule.SPATIAL: self._spatial,
+            Rule.REDUCTION: self._reduction,
+            Rule.RESHAPING: self._reshaping,
+            Rule.JOINING: self._joining,
+            Rule.NUMBER: lambda node, module: None,
+        }
+        return apply[rule](node, module)
 
-def _check_mixer(node: fx.Node, module: nn.Module, source: fx.Node) -> None:
-    if isinstance(module, nn.Conv2d) and module.groups != 1:
-        raise UsageError(
-            f"layer '{node.target}' is a grouped convolution (groups={module.groups}); no rule covers it yet"
+    # ---- layers
+
+    def _mixer(self, node: fx.Node, module: nn.Module | None) -> Tensor | None:
+        """A mixer's output channels are new ones; where the layer is used again, they are those of its first use."""
+        source = node.args[0]
+        given = self.labels[source.name]
+        value = self.trace.values[node.name]
+        linear = isinstance(module, nn.Linear) or node.target is F.linear
+        dim = value.dim() - 1 if linear else 1
+        name, weight, bias, groups = self._parameters(node, module)
+        shape = attribute(self.trace.network, weight).shape
+        transposed = isinstance(module, TRANSPOSED) or getattr(node.target, "__name__", "").startswith(
+            "conv_tr"
         )
-    if isinstance(module, nn.Linear) and len(source.meta["tensor_meta"].shape) != 2:
-        raise UsageError(
-            f"linear layer '{node.target}' reads a tensor of more than two dimensions; flatten it first"
+        if given is not None and _varying(given) != [dim]:
+            raise _Uncovered(f"mixes dimension {dim}, the channels lie along {_varying(given)}")
+        ids_in = None if given is None else given.flatten()
+        depthwise = groups > 1 and groups == value.shape[1] == self.trace.values[source.name].shape[1]
+        if depthwise and ids_in is not None:
+            if module is None:
+                raise _Uncovered("is a depthwise convolution called as a function; make it a layer")
+            return self._channel_layer(node, module)
+        reads = None if ids_in is None else _pattern(ids_in)
+        if ids_in is not None and (reads is None or (groups > 1 and reads.channels != len(ids_in))):
+            raise _Uncovered("reads flattened maps of different sizes, or the same channels several times")
+        if (first := self.by_name.get(name)) is not None:
+            self._used_again(node, first, ids_in)
+            return self.labels[first.key]
+        channels = shape[1] * groups if transposed else shape[0]
+        ids = self.ties.new(channels)
+        mixer = Mixer(
+            node.name,
+            source.name,
+            name,
+            weight,
+            bias,
+            groups,
+            transposed,
+            -1 if linear else 1,
+            reads,
+            ids_in,
+            ids,
         )
+        self.s.mixers[node.name] = self.by_name[name] = mixer
+        self.blocks.append((ids, groups))
+        if groups > 1 and ids_in is not None:
+            self.blocks.append((ids_in, groups))
+        if channels == 1:
+            self.reasons.append((ids, "it has one channel"))
+            return None
+        return _along(ids, dim, value.dim())
+
+    def _parameters(self, node: fx.Node, module: nn.Module | None) -> tuple[str, str, str | None, int]:
+        """Name, weight, bias and groups of a mixing layer, or of a function that is called with parameters."""
+        if module is not None:
+            if "weight" not in module._parameters:
+                raise _Uncovered(
+                    "computes its weight from others; make it plain with torch.nn.utils.parametrize.remove_parametrizations"
+                )
+            bias = f"{node.target}.bias" if module.bias is not None else None
+            return node.target, f"{node.target}.weight", bias, getattr(module, "groups", 1)
+        given = dict(zip(("input", "weight", "bias"), node.args, strict=False)) | dict(node.kwargs)
+        names = []
+        for part in ("weight", "bias"):
+            n = given.get(part)
+            if n is not None and not (isinstance(n, fx.Node) and n.op == "get_attr"):
+                raise _Uncovered(
+                    f"is called with a {part} that is computed; only plain parameters are covered"
+                )
+            names.append(n.target if n is not None else None)
+        place = MIXING_FUNCTIONS[node.target]
+        groups = node.kwargs.get("groups", node.args[place] if place and len(node.args) > place else 1)
+        return names[0], names[0], names[1], groups
+
+    def _used_again(self, node: fx.Node, first: Mixer | ChannelLayer, ids_in: Tensor | None) -> None:
+        before = first.ids_in if isinstance(first, Mixer) else first.ids
+        if (before is None) != (ids_in is None) or (ids_in is not None and len(ids_in) != len(before)):
+            raise UsageError(
+                f"layer '{first.name}' is used under two shapes, at '{first.key}' and '{node.name}'; give each use a layer of its own"
+            )
+        if ids_in is not None:
+            self.ties.tie(before, ids_in)
+        (self.s.mixers if isinstance(first, Mixer) else self.s.channel_layers)[node.name] = first
+
+    def _channel_layer(self, node: fx.Node, module: nn.Module) -> Tensor:
+        given = self._given(node)
+        dim = given.dim() - 1 if type(module) is nn.LayerNorm else 1
+        if (
+            isinstance(module, nn.LayerNorm)
+            and type(module) is not nn.LayerNorm
+            and len(_varying(given)) == 1
+        ):
+            dim = _varying(given)[0]  # such as torchvision's LayerNorm2d
+        if _varying(given) != [dim] or (
+            isinstance(module, nn.LayerNorm) and tuple(module.normalized_shape) != (given.numel(),)
+        ):
+            raise _Uncovered("normalises over more than the channels of each place")
+        ids = given.flatten()
+        if (first := self.by_name.get(node.target)) is not None:
+            self._used_again(node, first, ids)
+        else:
+            layer = ChannelLayer(node.name, node.target, ids, dim, is_parameter=False)
+            self.s.channel_layers[node.name] = self.by_name[node.target] = layer
+        if isinstance(module, nn.GroupNorm) and module.num_groups > 1:
+            self.blocks.append((ids, module.num_groups))
+        return given
+
+    def _parameter(self, node: fx.Node) -> Tensor | None:
+        """A parameter or buffer with one dimension of length above 1 may hold a number for each channel."""
+        value = self.trace.values[node.name]
+        dims = [d for d, n in enumerate(value.shape) if n > 1] if isinstance(value, Tensor) else []
+        if len(dims) != 1:
+            return None
+        if (first := self.by_name.get(node.target)) is not None:
+            self.s.channel_layers[node.name] = first
+        else:
+            ids = self.ties.new(value.shape[dims[0]])
+            first = ChannelLayer(node.name, node.target, ids, dims[0], is_parameter=True)
+            self.s.channel_layers[node.name] = self.by_name[node.target] = first
+        return _along(first.ids, dims[0], value.dim())
+
+    # ---- rules
+
+    def _given(self, node: fx.Node) -> Any:
+        given = self.labels[node.all_input_nodes[0].name]
+        if given is None:
+            raise _Uncovered("takes channels for something else than its first operand")
+        return given
+
+    def _elementwise(self, node: fx.Node, module: nn.Module | None) -> Tensor:
+        """Channels that meet are tied. An operand of length 1 along the channels is spread over them."""
+        ndim = self.trace.values[node.name].dim()
+        return self._tied(node.all_input_nodes, ndim)
+
+    def _tied(self, operands: Iterable[fx.Node], ndim: int) -> Tensor:
+        operands = [n for n in dict.fromkeys(operands) if isinstance(self.trace.values[n.name], Tensor)]
+        aligned = [_align(self.labels[n.name], ndim) for n in operands if self.labels[n.name] is not None]
+        first = aligned[0]
+        for other in aligned[1:]:
+            if other.shape != first.shape:
+                raise _Uncovered("lets channels meet that lie along different dimensions")
+            self.ties.tie(first, other)
+        for n in operands:
+            shape = _align(self.trace.values[n.name], ndim).shape
+            if self.labels[n.name] is None and any(shape[d] > 1 for d in _varying(first)):
+                if n.op == "get_attr":
+                    raise _Uncovered(
+                        f"meets '{n.target}', a parameter with a number for each channel and place"
+                    )
+                reasons = self.reasons_behind if n.name in self.unknown else self.reasons
+                reasons.append((first, f"it meets '{n.name}', which is not narrowed"))
+        return first
+
+    def _spatial(self, node: fx.Node, module: nn.Module | None) -> Tensor:
+        value, given = self.trace.values[node.name], self._given(node)
+        if not isinstance(value, Tensor) or any(value.shape[d] != given.shape[d] for d in _varying(given)):
+            raise _Uncovered("changes the number of channels")
+        return given
+
+    def _reduction(self, node: fx.Node, module: nn.Module | None) -> Tensor:
+        given = self._given(node)
+        dims = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
+        keep = node.kwargs.get("keepdim", False) or (len(node.args) > 2 and node.args[2] is True)
+        dims = [dims] if isinstance(dims, int) else dims
+        if dims is None or {d % given.dim() for d in dims} & {0, *_varying(given)}:
+            raise _Uncovered("sums over channels or images")
+        return given.amax(tuple(dims), keepdim=keep)
+
+    def _reshaping(self, node: fx.Node, module: nn.Module | None) -> Any:
+        """What moves numbers moves ids: the operation is run on them."""
+        source, given = node.all_input_nodes[0], self._given(node)
+        if isinstance(given, tuple):  # what chunk gave
+            return given[node.args[1]]
+        value = self.trace.values[source.name]
+        whole = given.expand(value.shape).contiguous()
+        other = {n: self.trace.values[n.name] for n in node.all_input_nodes} | {source: whole}
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), other.__getitem__)
+        if module is not None:
+            moved = module(whole)
+        elif node.op == "call_method":
+            moved = getattr(args[0], node.target)(*args[1:], **kwargs)
+        else:
+            moved = node.target(*args, **kwargs)
+        parts = tuple(_squeeze(t) for t in (moved if isinstance(moved, tuple | list) else [moved]))
+        constant = all(n is source for n in node.all_input_nodes)
+        is_split = node.target in (torch.split, "split")
+        if constant and (
+            is_split or torch.cat([p.flatten() for p in parts]).unique().numel() < given.unique().numel()
+        ):
+            raise _Uncovered("takes a fixed number of channels; chunk, or compute the number from x.shape")
+        if any(t.shape[0] > 1 for t in parts):
+            raise _Uncovered("moves channels among images")
+        flat = given.flatten()
+        if bool((flat.diff() == 1).all()):  # channels in one row, so blocks of them keep their meaning
+            if len(parts) > 1 and len({p.numel() for p in parts}) == 1:
+                self.blocks.append((flat, len(parts)))
+            elif len(_varying(parts[0])) > 1:
+                self.blocks.append((flat, parts[0].shape[_varying(parts[0])[0]]))
+        return parts if isinstance(moved, tuple | list) else parts[0]
+
+    def _joining(self, node: fx.Node, module: nn.Module | None) -> Tensor:
+        operands = node.args[0] if node.args else node.kwargs["tensors"]
+        ndim = self.trace.values[node.name].dim()
+        dim = (node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else 0)) % ndim
+        labelled = [self.labels[n.name] for n in operands if self.labels[n.name] is not None]
+        if all(_varying(x) == [x.dim() - ndim + dim] for x in labelled):
+            parts = []
+            for n in operands:
+                if (given := self.labels[n.name]) is None:
+                    ids = self.ties.new(self.trace.values[n.name].shape[dim])
+                    self.reasons.append((ids, f"'{n.name}' is not narrowed"))
+                    given = _along(ids, dim, ndim)
+                parts.append(given)
+            return torch.cat(parts, dim)
+        if any(dim in _varying(x) for x in labelled):
+            raise _Uncovered("joins channels that lie along different dimensions")
+        return self._tied(operands, ndim)
+
+    # ---- ties and what cannot be narrowed
+
+    def finish(self, exclude: Sequence[str]) -> Structure:
+        s, roots = self.s, self.ties.roots
+        mixers = list({m.key: m for m in s.mixers.values()}.values())
+        for pattern in exclude:
+            meant = [m for m in mixers if matches(m.name, pattern)]
+            if not meant:
+                raise UsageError(
+                    f"exclude {pattern!r} matches no layer{_like(pattern, [m.name for m in mixers])}"
+                )
+            self.reasons += [(m.ids, "excluded") for m in meant]
+        own = {r for m in mixers for r in roots(m.ids).tolist()}
+        for layer in s.channel_layers.values():  # a parameter that never meets a mixer's channels
+            if layer.is_parameter and not own.intersection(roots(layer.ids).tolist()):
+                self.reasons.append((layer.ids, "it meets no layer's channels"))
+        self._fix(self.reasons, mixers)
+        # What mixes by attention is named first: it says best what kind of network this is.
+        for what, ids in sorted(self.uncovered, key=lambda u: "ttention" not in u[0]):
+            involved = set(roots(ids).tolist()) - s.fixed.keys()
+            if involved:
+                names = [m.name for m in mixers if involved.intersection(roots(m.ids).tolist())]
+                raise UsageError(f"{what}; to leave what it reads as wide as it is, exclude={names[:12]}")
+        self._fix(self.reasons_behind, mixers)
+        constraints = [(roots(ids), blocks) for ids, blocks in self.blocks]
+        s.atoms = [a for a in atoms(constraints) if any(r not in s.fixed for r in a.tolist())]
+        if not s.atoms:
+            raise UsageError(
+                f"{type(self.trace.network).__name__} has nothing to narrow: it needs two convolutions or linear layers in a row"
+                + (", and not all of them excluded" if exclude else "")
+            )
+        return s
+
+    def _fix(self, reasons: list[tuple[Tensor, str]], mixers: list[Mixer]) -> None:
+        """A mixer keeps all channels or a share of all: what is fixed for one channel is fixed for its layer."""
+        for ids, reason in reasons:
+            self.s.fixed.update((r, reason) for r in self.ties.roots(ids).tolist() if r not in self.s.fixed)
+        changed = True
+        while changed:
+            changed = False
+            for m in mixers:
+                all_roots = set(self.ties.roots(m.ids).tolist())
+                known = all_roots & self.s.fixed.keys()
+                if known and known != all_roots:
+                    changed = True
+                    self.s.fixed.update(dict.fromkeys(all_roots - known, f"tied to '{m.name}'"))
 
 
-def _check_channelwise(node: fx.Node, module: nn.Module | None, narrowed: list[fx.Node]) -> None:
-    what = (
-        f"'{node.target}' ({type(module).__name__})"
-        if module is not None
-        else f"'{node.name}' ({_name(node.target)})"
-    )
-    covered = (
-        isinstance(module, CHANNELWISE_MODULES + NORMS)
-        if node.op == "call_module"
-        else (node.op == "call_function" and node.target in CHANNELWISE_FUNCTIONS)
-        or (node.op == "call_method" and node.target in CHANNELWISE_METHODS)
-    )  # fmt: skip
-    if not covered or len(node.all_input_nodes) != 1:
-        raise UsageError(
-            f"node {what} is covered by no rule of the lockstep: it may mix channels or join branches; prune a part of the network without it"
-        )
-    before, after = narrowed[0].meta["tensor_meta"].shape, node.meta["tensor_meta"].shape
-    if before[0] != after[0] or after[1] % before[1]:
-        raise UsageError(
-            f"node {what} turns {tuple(before)} into {tuple(after)} and does not keep channels apart; flatten from dimension 1"
-        )
+def _tensors(value: Any) -> bool:
+    return any(isinstance(v, Tensor) for v in tree_flatten(value)[0])
 
 
-def _name(target: object) -> str:
-    return getattr(target, "__name__", str(target))
+def _varying(labels: Tensor) -> list[int]:
+    return [d for d, n in enumerate(labels.shape) if n > 1]
+
+
+def _along(ids: Tensor, dim: int, ndim: int) -> Tensor:
+    shape = [1] * ndim
+    shape[dim] = len(ids)
+    return ids.view(shape)
+
+
+def _align(x: Tensor, ndim: int) -> Tensor:
+    """Dimensions of length 1 in front, as broadcasting adds them."""
+    return x[(None,) * (ndim - x.dim())]
+
+
+def _squeeze(labels: Tensor) -> Tensor:
+    """Length 1 in every dimension along which the ids do not differ."""
+    for d in range(labels.dim()):
+        first = labels.narrow(d, 0, 1)
+        if labels.shape[d] > 1 and bool((labels == first).all()):
+            labels = first
+    return labels
+
+
+def _pattern(ids: Tensor) -> Pattern | None:
+    """(outer, channels, inner) of entries that are channels repeated; None if they are something else."""
+    channels = ids.unique().numel()
+    inner = next((i for i, x in enumerate(ids.tolist()) if x != ids[0]), len(ids))
+    outer, rest = divmod(len(ids), channels * inner)
+    if rest:
+        return None
+    rows = ids.view(outer, channels, inner)
+    return Pattern(outer, channels, inner) if bool((rows == rows[:1, :, :1]).all()) else None
+
+
+def attribute(network: nn.Module, name: str) -> Tensor:
+    """A parameter or buffer by its qualified name."""
+    owner, _, last = name.rpartition(".")
+    return getattr(network.get_submodule(owner), last)
+
+
+def _like(name: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(name, known, 1)
+    return f"; did you mean '{close[0]}'?" if close else f"; there are: {', '.join(known[:12])}"

@@ -6,7 +6,8 @@ The mixers W are shared. With E (k -> C, "expand") and R (C -> k, "reduce"), bot
     x = alpha * wide + (1 - alpha) * E(narrow)      what mixer W reads
     z = W(x)                                        wide continues with z, narrow with R(z)
 
-The first mixer reads the input itself, the last has no R. At alpha = 0 only `R . W . E` is left of a mixer, one
+A mixer that reads what is not narrowed, such as the image, has no E; one whose channels all stay, such as the last, has
+no R, and both programs go on with z. At alpha = 0 only `R . W . E` is left of a mixer, one
 ordinary layer k -> k: that is what `fold` writes down.
 
 E has no bias because the bias would meet the next convolution's zero padding: inside the image it is added,
@@ -17,80 +18,47 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
+from torch.utils._pytree import tree_flatten
 
+from alphaprune.channel_map import ChannelMap, compose, compose_bias
 from alphaprune.errors import UsageError
-from alphaprune.graph import Mixer, trace
+from alphaprune.graph import ChannelLayer, Mixer, attribute, read
+from alphaprune.trace import as_inputs, trace
+from alphaprune.widths import KeepRatio, call, choose, for_target, is_narrow
 
 WIDE, NARROW = "wide", "narrow"
-
-
-class ChannelMap(nn.Module):
-    """A linear map between channels at every position: the 1x1 convolution without bias, on maps or flattened maps.
-
-    Args:
-        inputs, outputs: channels before and after.
-        positions: entries behind each channel if the tensor it acts on is flattened, else 1.
-
-    Shapes:
-        (N, inputs, ...) -> (N, outputs, ...), or (N, inputs * positions) -> (N, outputs * positions).
-    """
-
-    def __init__(self, inputs: int, outputs: int, positions: int = 1, **factory):
-        super().__init__()
-        self.positions = positions
-        self.weight = nn.Parameter(nn.Linear(inputs, outputs, bias=False, **factory).weight.detach())
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.dim() == 4:
-            return F.conv2d(x, self.weight[:, :, None, None])
-        if self.positions == 1:
-            return F.linear(x, self.weight)
-        return torch.einsum("oi,nip->nop", self.weight, x.unflatten(1, (-1, self.positions))).flatten(1)
-
-
-def compose(weight: Tensor, reduce: ChannelMap | None, expand: ChannelMap | None) -> Tensor:
-    """The weight of `R . W . E`, differentiable in all three.
-
-    Args:
-        weight: of W, (O, C, h, w) or (O, C * positions).
-        reduce: R, its weight (k_out, O); None to leave it out.
-        expand: E, its weight (C, k_in); None to leave it out.
-
-    Returns:
-        (k_out, k_in, h, w) or (k_out, k_in * positions); O and C stay where R and E are left out.
-    """
-    with torch.autocast(weight.device.type, enabled=False):  # products of weights are worth full precision
-        if expand is not None:
-            if weight.dim() == 4:
-                weight = torch.einsum("ochw,ck->okhw", weight, expand.weight)
-            else:
-                weight = torch.einsum(
-                    "ocp,ck->okp", weight.unflatten(1, (-1, expand.positions)), expand.weight
-                ).flatten(1)
-        if reduce is not None:
-            weight = torch.einsum("ro,o...->r...", reduce.weight, weight)
-    return weight
+_TRANSPOSED = {3: F.conv_transpose1d, 4: F.conv_transpose2d, 5: F.conv_transpose3d}
 
 
 class ParallelModel(nn.Module):
     """A pretrained network with a narrow program beside it that takes over as alpha goes from 1 to 0.
 
     Args:
-        network: a CNN that `torch.fx` can trace, with one input and one output. It is copied, not changed.
-        keep_ratio: share of the channels that the narrow program has, in (0, 1]: k = int(C * keep_ratio).
-        example_input: a batch as the network expects it, (N, C, H, W), on the network's device.
+        network: a CNN that `torch.fx` can trace. It is copied, not changed.
+        keep_ratio: share of the channels that the narrow program has, in (0, 1]: k = int(C * keep_ratio). Also a mapping
+            from names of layers, of modules that contain them, or patterns, to shares; the last match counts, layers that
+            nothing matches keep all, tied layers keep the largest of their shares.
+        example_input: a batch as the network expects it, (N, C, H, W), on the network's device; a tuple of tensors for
+            several inputs.
+        exclude: names or patterns, such as `layer4.*`, of layers whose output channels are all kept.
+        round_to: k is rounded down to a multiple of this, to one multiple at least.
+        for_macs, for_params: instead of keep_ratio, the share of the original's multiply-adds or parameters, in
+            (0, 1), that the folded network may have; the largest ratio that keeps to it is found.
 
     Attributes:
+        keep_ratio: as given or found.
         alpha: 1.0 at first. Set it to one number in [0, 1], to one number a mixer (a sequence), or to a mapping
-            from module names to numbers. Mixers that read the network's input have none.
+            from layer names to numbers. Mixers that read nothing narrowed, as the first, have none.
         train_wide: whether the pretrained weights train (True at first). Running statistics of BatchNorm follow
             the batches in training mode either way.
         composed: whether products like R.W.E are formed before they meet the images (True). The function is the
             same; False is slower and there to compare with.
+        structure, widths: which channels are tied and why some stay (see `graph`), and how many are left.
 
     Raises:
         UsageError: if an argument is out of range or the network has a node that no rule covers.
@@ -106,53 +74,119 @@ class ParallelModel(nn.Module):
         5
     """
 
-    def __init__(self, network: nn.Module, keep_ratio: float = 0.34375, example_input: Tensor | None = None):
+    def __init__(
+        self,
+        network: nn.Module,
+        keep_ratio: KeepRatio | None = None,
+        example_input: Tensor | tuple[Tensor, ...] | None = None,
+        *,
+        exclude: Sequence[str] = (),
+        round_to: int = 1,
+        for_macs: float | None = None,
+        for_params: float | None = None,
+    ):
         super().__init__()
         if isinstance(network, ParallelModel):
             raise UsageError("network is a ParallelModel already; pass the network it was made from")
-        if not isinstance(keep_ratio, int | float) or not 0 < keep_ratio <= 1:
-            raise UsageError(f"keep_ratio is {keep_ratio!r}; give a number in (0, 1], such as 0.34375")
         if example_input is None:
             raise UsageError("example_input is missing; pass one batch of images as the network expects it")
-        self.keep_ratio = float(keep_ratio)
+        if sum(choice is not None for choice in (keep_ratio, for_macs, for_params)) > 1:
+            raise UsageError("keep_ratio, for_macs and for_params exclude each other; give one of them")
+        if isinstance(exclude, str):
+            raise UsageError(f"exclude is the text {exclude!r}; give a list, [{exclude!r}]")
         self.network = copy.deepcopy(network)
         # An operation in place on what the wide program holds would change what R reads.
         self.in_place = [name for name, m in self.network.named_modules() if getattr(m, "inplace", False)]
         for name in self.in_place:
             self.network.get_submodule(name).inplace = False
-        self.example_input = example_input.detach()
-        traced = trace(self.network, self.example_input)
-        self.graph, self.mixers = traced.graph, traced.mixers
+        self.example_input = tuple(x.detach() for x in as_inputs(example_input) if isinstance(x, Tensor))
+        self.structure = read(trace(self.network, example_input), exclude)
+        if for_macs is not None:
+            self.keep_ratio, self.widths = for_target(self.structure, for_macs, "multiply_adds", round_to)
+        elif for_params is not None:
+            self.keep_ratio, self.widths = for_target(self.structure, for_params, "parameters", round_to)
+        else:
+            self.keep_ratio = 0.34375 if keep_ratio is None else keep_ratio
+            self.widths = choose(self.structure, self.keep_ratio, round_to)
+        self._narrow = self._narrow_nodes()
 
-        self.reduce, self.expand, self.narrow_norms = nn.ModuleDict(), nn.ModuleDict(), nn.ModuleDict()
-        for node, m in self.mixers.items():
-            weight = self.network.get_submodule(m.module).weight
-            factory = {"device": weight.device, "dtype": weight.dtype}
-            if m.writes:
-                self.reduce[node] = ChannelMap(m.writes, self._kept(m.writes, m.module), **factory)
-            if m.reads:
-                self.expand[node] = ChannelMap(self._kept(m.reads, m.module), m.reads, m.positions, **factory)
-        for node, (name, channels) in traced.norms.items():
-            self.narrow_norms[node] = self._narrow_norm(name, channels)
+        self.reduce, self.expand, self.narrow_layers = nn.ModuleDict(), nn.ModuleDict(), nn.ModuleDict()
+        self.narrow_parameters = nn.ParameterDict()
+        for m in self.mixers:
+            self._add_branches(m)
+        for layer in {x.key: x for x in self.structure.channel_layers.values()}.values():
+            if layer.key in self._narrow:
+                self._add_copy(layer)
         self.composed = True
         self.train_wide = True
         self.alpha = 1.0
+        self._check_same_function(network)
 
-    def _kept(self, channels: int, name: str) -> int:
-        k = int(channels * self.keep_ratio)
-        if k == 0:
-            raise UsageError(
-                f"keep_ratio {self.keep_ratio} leaves none of the {channels} channels at '{name}'; give at least {1 / channels:.3g}"
-            )
-        return k
+    @property
+    def mixers(self) -> list[Mixer]:
+        """The mixers, one entry a layer, in the order of their first use."""
+        return list({m.key: m for m in self.structure.mixers.values()}.values())
 
-    def _narrow_norm(self, name: str, channels: int) -> nn.Module:
-        wide = self.network.get_submodule(name)
-        features = self._kept(channels, name) * (
-            wide.num_features // channels
-        )  # behind a flatten: k * positions
-        narrow = type(wide)(features, wide.eps, wide.momentum, wide.affine, wide.track_running_stats)
-        return narrow.to(next(self.network.parameters()))
+    def _narrow_nodes(self) -> set[str]:
+        found: dict[str, bool] = {}
+        for node in self.structure.trace.nodes:
+            if is_narrow(self.structure, node, found):
+                found[node.name] = True
+        return set(found)
+
+    def _add_branches(self, m: Mixer) -> None:
+        weight = attribute(self.network, m.weight)
+        factory = {"device": weight.device, "dtype": weight.dtype}
+        if m.key in self._narrow:
+            kept = len(self.widths.positions(m.ids))
+            self.reduce[m.key] = ChannelMap(len(m.ids), kept, m.dim, groups=m.groups, **factory)
+        if m.source in self._narrow:
+            p = m.reads
+            read = self.widths.read_by(m)
+            self.expand[m.key] = ChannelMap(read, p.channels, m.dim, p.outer, p.inner, m.groups, **factory)
+            self._pass_on_what_stays(m, self.expand[m.key].weight)
+
+    def _pass_on_what_stays(self, m: Mixer, weight: Tensor) -> None:
+        """Channels that a concatenation brings unnarrowed beside narrow ones start as themselves."""
+        if m.groups > 1 or m.reads.outer > 1 or m.reads.inner > 1:
+            return
+        kept = self.widths.positions(m.ids_in)
+        if len(kept) != weight.shape[1]:
+            return
+        for column, row in enumerate(kept.tolist()):
+            if self.structure.is_fixed(m.ids_in[row]):
+                with torch.no_grad():
+                    weight[row], weight[:, column] = 0, 0
+                    weight[row, column] = 1
+
+    def _add_copy(self, layer: ChannelLayer) -> None:
+        kept = self.widths.held_by(layer)
+        if not layer.is_parameter:
+            narrow = narrowed(self.network.get_submodule(layer.name), kept)
+            if hasattr(narrow, "reset_parameters"):
+                narrow.reset_parameters()
+            self.narrow_layers[layer.key] = narrow
+        else:
+            wide = attribute(self.network, layer.name)
+            values = wide.detach().index_select(layer.dim, kept.to(wide.device)).clone()
+            trains = isinstance(wide, nn.Parameter) and wide.requires_grad
+            self.narrow_parameters[layer.key] = nn.Parameter(values, requires_grad=trains)
+
+    @torch.no_grad()
+    def _check_same_function(self, network: nn.Module) -> None:
+        """At alpha = 1 this is the network; that shows that the trace is right."""
+        was_training = {m: m.training for m in (*network.modules(), *self.modules())}
+        network.eval()
+        self.eval()
+        expected, found = (tree_flatten(f(*self.example_input))[0] for f in (network, self))
+        for module, mode in was_training.items():
+            module.training = mode
+        for a, b in zip(expected, found, strict=True):
+            if not torch.allclose(a, b, rtol=1e-3, atol=1e-3 * float(a.abs().max()), equal_nan=True):
+                raise UsageError(
+                    f"{type(network).__name__} does not compute the same once it is traced; look in forward() for operations in "
+                    "place on a tensor that is used again, random numbers, or values that depend on the data"
+                )
 
     @property
     def alpha(self) -> float | tuple[float, ...]:
@@ -162,7 +196,7 @@ class ParallelModel(nn.Module):
 
     @alpha.setter
     def alpha(self, value: float | Sequence[float] | Mapping[str, float]) -> None:
-        nodes = {m.module: node for node, m in self.mixers.items() if m.reads}
+        nodes = {m.name: m.key for m in self.mixers if m.key in self.expand}
         if isinstance(value, Mapping):
             if unknown := set(value) - set(nodes):
                 raise UsageError(
@@ -179,7 +213,8 @@ class ParallelModel(nn.Module):
             given = dict.fromkeys(nodes.values(), value)
         for node, v in given.items():
             if isinstance(v, bool) or not isinstance(v, int | float) or not 0 <= v <= 1:
-                raise UsageError(f"alpha {v!r} at '{self.mixers[node].module}' is not a number in [0, 1]")
+                name = self.structure.mixers[node].name
+                raise UsageError(f"alpha {v!r} at '{name}' is not a number in [0, 1]")
         self._alpha = {node: float(v) for node, v in given.items()}
         self._live = self._needed()
 
@@ -195,61 +230,67 @@ class ParallelModel(nn.Module):
     def _needed(self) -> set[tuple[str, str]]:
         """The (node, program) pairs that the output depends on at the present alpha, walking back from it.
 
-        At alpha = 1 nothing narrow is among them, at alpha = 0 nothing wide before the last mixer.
+        At alpha = 1 nothing narrow is among them, at alpha = 0 nothing wide that is narrowed.
         """
-        output = next(n for n in self.graph.nodes if n.op == "output")
+        nodes = self.structure.trace.nodes
+        output = next(n for n in nodes if n.op == "output")
         needed: set[tuple[str, str]] = set()
         open_pairs = [(n, WIDE) for n in output.all_input_nodes]
         while open_pairs:
             node, program = open_pairs.pop()
+            if program == NARROW and node.name not in self._narrow:
+                program = WIDE  # both programs meet there
             if (node.name, program) in needed:
                 continue
             needed.add((node.name, program))
-            a = self._alpha.get(node.name)
-            if node.name not in self.mixers:
-                programs = [program]
-            elif a is None:  # the first mixer reads the input itself
-                programs = [WIDE]
+            mixer = self.structure.mixers.get(node.name)
+            a = self._alpha.get(mixer.key) if mixer is not None else None
+            if a is None:  # no mixer, or one that reads nothing narrowed
+                programs = [WIDE if mixer is not None else program]
             else:
                 programs = [WIDE] * (a > 0) + [NARROW] * (a < 1)
             open_pairs += [(n, p) for n in node.all_input_nodes for p in programs]
         return needed
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Logits of the blend at the present alpha, (N, C, H, W) -> (N, classes)."""
-        return self.run(x)[0]
+    def forward(self, *inputs: Tensor) -> Any:
+        """What the network gives, for the blend at the present alpha: (N, C, H, W) -> (N, classes), say."""
+        return self.run(*inputs)[0]
 
-    def run(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The output, and what the narrow program holds behind each mixer, by module name (where it was computed)."""
-        wide: dict[str, Tensor] = {}
-        narrow: dict[str, Tensor] = {}
+    def run(self, *inputs: Tensor) -> tuple[Any, dict[str, Tensor]]:
+        """The output, and what the narrow program holds behind each reduced mixer, by layer name (where computed)."""
+        values: dict[str, dict[str, Any]] = {WIDE: {}, NARROW: {}}
         behind_mixers: dict[str, Tensor] = {}
-        for node in self.graph.nodes:
+        remaining = iter(inputs)
+        for node in self.structure.trace.graphs[self.training].nodes:
             if node.op == "placeholder":
-                wide[node.name] = x
+                values[WIDE][node.name] = next(remaining)
             elif node.op == "output":
-                return fx.node.map_arg(node.args[0], lambda n: wide[n.name]), behind_mixers
-            elif node.name in self.mixers:
-                self._mix(self.mixers[node.name], node.all_input_nodes[0].name, wide, narrow)
-                if node.name in narrow:
-                    behind_mixers[node.target] = narrow[node.name]
+                return fx.node.map_arg(node.args[0], lambda n: values[WIDE][n.name]), behind_mixers
+            elif node.name in self.structure.mixers:
+                self._mix(node, self.structure.mixers[node.name], values)
+                if node.name in values[NARROW]:
+                    behind_mixers[self.structure.mixers[node.name].name] = values[NARROW][node.name]
             else:
-                for program, values in ((WIDE, wide), (NARROW, narrow)):
+                for program in (WIDE, NARROW):
                     if (node.name, program) in self._live:
-                        values[node.name] = self._channelwise(node, program, values)
+                        values[program][node.name] = self._channelwise(node, program, values)
         raise AssertionError("a traced graph ends with an output node")
 
-    def _mix(self, m: Mixer, source: str, wide: dict[str, Tensor], narrow: dict[str, Tensor]) -> None:
+    def _mix(self, node: fx.Node, m: Mixer, values: dict[str, dict[str, Any]]) -> None:
         """x = alpha * wide + (1 - alpha) * E(narrow);  z = W(x);  wide continues with z, narrow with R(z).
 
         What is constant for all images is multiplied first: W.E where nothing wide is read (alpha = 0), R.W
         where nothing wide is read behind.
         """
-        layer = self.network.get_submodule(m.module)
-        expand = self.expand[m.node] if m.reads else None
-        reduce = self.reduce[m.node] if m.writes else None
-        to_wide, to_narrow = ((m.node, p) in self._live for p in (WIDE, NARROW))
-        a = self._alpha.get(m.node, 1.0)
+        to_wide, to_narrow = ((node.name, p) in self._live for p in (WIDE, NARROW))
+        if not (to_wide or to_narrow):
+            return
+        wide, narrow, source = values[WIDE], values[NARROW], node.args[0].name
+        weight = attribute(self.network, m.weight)
+        bias = None if m.bias is None else attribute(self.network, m.bias)
+        expand = self.expand[m.key] if m.key in self.expand else None
+        reduce = self.reduce[m.key] if m.key in self.reduce else None
+        a = self._alpha.get(m.key, 1.0)
         merge_expand = self.composed and a == 0
         merge_reduce = self.composed and to_narrow and not to_wide
         if a == 1:
@@ -260,28 +301,69 @@ class ParallelModel(nn.Module):
             x = expand(narrow[source])
         else:
             x = torch.lerp(expand(narrow[source]), wide[source], a)  # E(n) + a * (w - E(n))
-        weight = compose(layer.weight, reduce if merge_reduce else None, expand if merge_expand else None)
-        bias = reduce.weight @ layer.bias if merge_reduce and layer.bias is not None else layer.bias
-        z = (
-            layer._conv_forward(x, weight, bias)
-            if isinstance(layer, nn.Conv2d)
-            else F.linear(x, weight, bias)
+        weight = compose(
+            weight, reduce if merge_reduce else None, expand if merge_expand else None, m.groups, m.transposed
         )
+        z = self._call_mixer(node, x, weight, compose_bias(bias, reduce) if merge_reduce else bias)
         if to_wide:
-            wide[m.node] = z
+            wide[node.name] = z
         if to_narrow:
-            narrow[m.node] = z if merge_reduce else reduce(z)
+            narrow[node.name] = z if merge_reduce else reduce(z)
 
-    def _channelwise(self, node: fx.Node, program: str, values: dict[str, Tensor]) -> Tensor:
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: values[n.name])
-        if kwargs.get("inplace"):
-            kwargs = {**kwargs, "inplace": False}
-        if node.op == "call_module":
-            own_copy = program == NARROW and node.name in self.narrow_norms
-            module = self.narrow_norms[node.name] if own_copy else self.network.get_submodule(node.target)
-            return module(*args, **kwargs)
-        if node.op == "call_method":
-            return getattr(args[0], node.target)(*args[1:], **kwargs)
+    def _call_mixer(self, node: fx.Node, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """A mixing layer, or a function, with these weights in place of its own."""
+        if node.op == "call_function":
+            args = (x, weight, bias, *node.args[3:])
+            return node.target(*args, **{k: v for k, v in node.kwargs.items() if k not in ("weight", "bias")})
+        layer = self.network.get_submodule(node.target)
+        if isinstance(layer, nn.Linear):
+            return F.linear(x, weight, bias)
+        if not layer.transposed:
+            return layer._conv_forward(x, weight, bias)
+        function = _TRANSPOSED[weight.dim()]
+        return function(
+            x, weight, bias, layer.stride, layer.padding, layer.output_padding, layer.groups, layer.dilation
+        )
+
+    def _channelwise(self, node: fx.Node, program: str, values: dict[str, dict[str, Any]]) -> Any:
+        def value(n: fx.Node) -> Any:
+            return values[NARROW if program == NARROW and n.name in self._narrow else WIDE][n.name]
+
+        layer = self.structure.channel_layers.get(node.name)
         if node.op == "get_attr":
-            return fx.graph_module._get_attr(self.network, node.target)
-        return node.target(*args, **kwargs)
+            return (
+                self.narrow_parameters[layer.key]
+                if program == NARROW
+                else attribute(self.network, node.target)
+            )
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), value)
+        module = None
+        if node.op == "call_module":
+            own_copy = program == NARROW and layer is not None
+            module = self.narrow_layers[layer.key] if own_copy else self.network.get_submodule(node.target)
+        return call(node, module, args, kwargs)
+
+
+def narrowed(layer: nn.Module, kept: Tensor) -> nn.Module:
+    """A copy of a layer that holds a number, or a filter, for each channel, with only the channels kept.
+
+    Args:
+        layer: a normalisation, depthwise convolution or PReLU.
+        kept: places of the channels that stay, ascending.
+    """
+    narrow = copy.deepcopy(layer)
+    for tensors in (narrow._parameters, narrow._buffers):
+        for name, t in tensors.items():
+            if t is not None and t.dim() > 0:
+                values = t.detach().index_select(0, kept.to(t.device)).clone()
+                is_parameter = isinstance(t, nn.Parameter)
+                tensors[name] = nn.Parameter(values, t.requires_grad) if is_parameter else values
+    k = len(kept)
+    for name in ("num_features", "num_channels", "num_parameters", "in_channels", "out_channels"):
+        if hasattr(narrow, name):
+            setattr(narrow, name, k)
+    if isinstance(narrow, nn.LayerNorm):
+        narrow.normalized_shape = (k,)
+    elif hasattr(narrow, "groups"):
+        narrow.groups = k
+    return narrow

@@ -1,0 +1,234 @@
+"""Networks put together at random from every rule: the lockstep is the network, and the fold is the lockstep."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from test_fold import scramble
+from torch import nn
+from torch.nn import functional as F
+
+from alphaprune import ParallelModel, UsageError, fold
+
+
+class Residual(nn.Module):
+    def __init__(self, c, groups):
+        super().__init__()
+        self.a, self.norm, self.b = (
+            nn.Conv2d(c, c, 3, padding=1, groups=groups, bias=False),
+            nn.BatchNorm2d(c),
+            nn.Conv2d(c, c, 1),
+        )
+
+    def forward(self, x):
+        out = self.b(F.relu(self.norm(self.a(x)), inplace=True))
+        out += x
+        return out
+
+
+class Squeeze(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.down, self.up = nn.Conv2d(c, max(c // 2, 3), 1), nn.Conv2d(max(c // 2, 3), c, 1)
+
+    def forward(self, x):
+        return x * torch.sigmoid(self.up(F.silu(self.down(x.mean((2, 3), keepdim=True)))))
+
+
+class Dense(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.norm, self.conv = nn.BatchNorm2d(c), nn.Conv2d(c, 6, 3, padding=1)
+
+    def forward(self, x):
+        return torch.cat([x, self.conv(self.norm(x).relu())], 1)
+
+
+class Depthwise(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.conv, self.norm, self.act = (
+            nn.Conv2d(c, c, 3, padding=1, groups=c),
+            nn.BatchNorm2d(c),
+            nn.PReLU(c),
+        )
+
+    def forward(self, x):
+        return self.act(self.norm(self.conv(x)))
+
+
+class Gate(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.conv = nn.Conv2d(c, 2 * c, 1)
+
+    def forward(self, x):
+        a, b = self.conv(x).chunk(2, dim=1)
+        return a * b.sigmoid()
+
+
+class Shuffle(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.left, self.right = nn.Conv2d(c, 6, 1), nn.Conv2d(c, 6, 3, padding=1)
+
+    def forward(self, x):
+        x = torch.cat((self.left(x), self.right(x)), dim=1)
+        n, c, h, w = x.size()
+        return x.view(n, 2, c // 2, h, w).transpose(1, 2).contiguous().view(n, -1, h, w)
+
+
+class LastNorm(nn.Module):
+    """ConvNeXt style: channels last, LayerNorm, linear layers, a scale for each channel."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(c), nn.Linear(c, 2 * c), nn.Linear(2 * c, c)
+        self.scale = nn.Parameter(torch.rand(c, 1, 1))
+
+    def forward(self, x):
+        y = self.down(F.gelu(self.up(self.norm(x.permute(0, 2, 3, 1))))).permute(0, 3, 1, 2)
+        return x + self.scale * y
+
+
+class UpAndDown(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.down = nn.Conv2d(c, c + 2, 2, stride=2)
+        self.up = nn.ConvTranspose2d(c + 2, c, 2, stride=2)
+
+    def forward(self, x):
+        return F.interpolate(self.up(self.down(x)), size=x.shape[-2:], mode="nearest") - x
+
+
+class Twice(nn.Module):
+    """One layer used twice."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(c, c, 3, padding=1, padding_mode="reflect"), nn.BatchNorm2d(c)
+
+    def forward(self, x):
+        for _ in range(2):
+            x = torch.tanh(self.norm(self.conv(x)))
+        return x
+
+
+class Grouped(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.a = nn.Conv2d(c, 12, 1)
+        self.b = nn.Conv2d(12, 18, 3, padding=1, groups=3)
+        self.norm = nn.GroupNorm(3, 18)
+
+    def forward(self, x):
+        return self.norm(self.b(self.a(x).clamp(-1, 2)))
+
+
+class Functional(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(8, c, 3, 3)), nn.Parameter(torch.randn(8))
+
+    def forward(self, x):
+        return F.leaky_relu(F.conv2d(x, self.weight, self.bias, padding=1), 0.1)
+
+
+PARTS = {
+    "conv": (lambda c, n: nn.Conv2d(c, n, 3, padding=1), None),
+    "residual": (lambda c, n: Residual(c, 1), 0),
+    "grouped residual": (lambda c, n: Residual(c, 2 if c % 2 == 0 else 1), 0),
+    "squeeze": (lambda c, n: Squeeze(c), 0),
+    "dense": (lambda c, n: Dense(c), 6),
+    "depthwise": (lambda c, n: Depthwise(c), 0),
+    "gate": (lambda c, n: Gate(c), 0),
+    "shuffle": (lambda c, n: Shuffle(c), 12),
+    "last norm": (lambda c, n: LastNorm(c), 0),
+    "up and down": (lambda c, n: UpAndDown(c), 0),
+    "twice": (lambda c, n: Twice(c), 0),
+    "grouped": (lambda c, n: Grouped(c), 18),
+    "functional": (lambda c, n: Functional(c), 8),
+}
+OUT = {"conv": lambda c, n: n, "dense": lambda c, n: c + 6, "shuffle": lambda c, n: 12, "grouped": lambda c, n: 18,
+       "functional": lambda c, n: 8}  # fmt: skip
+
+
+class Random(nn.Module):
+    def __init__(self, parts, widths, head):
+        super().__init__()
+        c, layers = 2, []
+        for part, n in [("conv", widths[0]), *zip(parts, widths[1:], strict=True)]:
+            layers.append(PARTS[part][0](c, n))
+            c = OUT.get(part, lambda c, n: c)(c, n)
+        self.body, self.head = nn.Sequential(*layers), head
+        self.classifier = nn.Linear({"flatten": 16 * c}.get(head, c), 5) if head != "maps" else nn.Identity()
+
+    def forward(self, x):
+        x = self.body(x)
+        if self.head == "maps":
+            return {"maps": x}
+        if self.head == "flatten":
+            return self.classifier(torch.flatten(F.adaptive_avg_pool2d(x, 4), 1))
+        return self.classifier(x.amax((2, 3)))
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    st.lists(st.sampled_from(sorted(PARTS)), min_size=1, max_size=5).flatmap(
+        lambda p: st.tuples(
+            st.just(p), st.lists(st.integers(4, 14), min_size=len(p) + 1, max_size=len(p) + 1)
+        )
+    ),
+    st.sampled_from(["mean", "flatten", "maps"]),
+    st.sampled_from([0.34375, 0.5, 0.8]),
+    st.integers(0, 2**31),
+)
+def test_random_networks_fold_exactly(parts_and_widths, head, keep_ratio, seed):
+    torch.manual_seed(seed)
+    network = Random(*parts_and_widths, head).double()
+    x = torch.randn(2, 2, 8, 8, dtype=torch.float64)
+    try:
+        model = ParallelModel(network, keep_ratio, x)
+    except UsageError as e:  # all channels reach the output, or groups that lie across a concatenation
+        across = "grouped residual" in parts_and_widths[0] and "different numbers" in str(e)
+        assert across or "nothing to narrow" in str(e)
+        return
+    scramble(model, seed)
+    model.alpha = 0.0
+    small, certificate = fold(model)
+    assert certificate.exact and type(small) is Random, certificate
+    first = lambda y: y["maps"] if head == "maps" else y  # noqa: E731
+    scale = first(model.eval()(x)).abs().max()
+    assert (first(small(x)) - first(model(x))).abs().max() <= 1e-10 * scale
+    model.alpha = 1.0
+    assert (first(model(x)) - first(model.network(x))).abs().max() <= 1e-10 * first(model(x)).abs().max()
+    model.alpha = 0.4  # both programs train
+    values = first(model.train()(x))
+    values.sum().backward()
+    assert all(p.grad is not None for p in model.reduce.parameters())
+    assert all(m.weight.grad is not None for m in model.expand.values())
+    assert torch.isfinite(values).all()
+    assert copy.deepcopy(small)(x) is not None
+
+
+def parallel(network, channels=2, **options):
+    return ParallelModel(
+        network.double().eval(), example_input=torch.randn(2, channels, 8, 8).double(), **options
+    )
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_every_part_alone_is_narrowed(part):
+    torch.manual_seed(0)
+    model = parallel(Random([part, "conv"], [12, 12, 8], "mean"), keep_ratio=0.5)
+    scramble(model, 0)
+    model.alpha = 0.0
+    small, certificate = fold(model)
+    assert certificate.exact
+    narrower = [m.name for m in model.mixers if m.key in model.reduce]
+    assert len(narrower) == len(model.mixers) - 1, narrower  # all but the classifier
+    assert sum(p.numel() for p in small.parameters()) < 0.6 * sum(
+        p.numel() for p in model.network.parameters()
+    )
