@@ -25,7 +25,7 @@ from torch import nn
 
 from alphaprune import data as images
 from alphaprune.errors import UsageError
-from alphaprune.models import vgg16
+from alphaprune.models import NETWORKS
 from alphaprune.parallel import ParallelModel
 from alphaprune.progress import Progress
 from alphaprune.provenance import provenance
@@ -133,11 +133,11 @@ class Experiment:
             raise UsageError(
                 f"stage '{name}' has no alpha, but '{parent.name}', which it starts from, has branches; give it an alpha"
             )
-        for key in ("width", "keep_ratio"):
+        for key in ("network", "width", "keep_ratio"):
             own, its = getattr(settings, key), getattr(parent.settings, key)
             if own != its:
                 raise UsageError(
-                    f"{key} is {own:g} at '{name}', but {its:g} at '{parent.name}', which it starts from; set both alike"
+                    f"{key} is {own} at '{name}', but {its} at '{parent.name}', which it starts from; set both alike"
                 )
 
     def _identity(self, settings: Settings, stage: Stage, parent: _Node | str) -> str:
@@ -153,7 +153,7 @@ class Experiment:
             "parent": origin,
             "recipe": asdict(settings.recipe(stage)),
             "network": {
-                "vgg16_width": settings.width,
+                f"{settings.network}_width": settings.width,
                 "keep_ratio": None if stage.alpha is None else settings.keep_ratio,
             },
             "data": [self._checksum, settings.train_images, settings.val_images],
@@ -285,18 +285,18 @@ class Experiment:
         if node.parent == BASE:
             return self._pretrained(node.settings)
         torch.manual_seed(derive_seed(node.key, 0))
-        network = vgg16(node.settings.width)
+        network = NETWORKS[node.settings.network](node.settings.width)
         if isinstance(node.parent, _Node):
             network.load_state_dict(load_tensors(self.folder(node.parent) / "weights.safetensors")[0])
         return network
 
     def _pretrained(self, settings: Settings) -> nn.Module:
-        network = vgg16(settings.width)
+        network = NETWORKS[settings.network](settings.width)
         try:
             network.load_state_dict(load_tensors(self.root / settings.base)[0])
         except RuntimeError:
             raise UsageError(
-                f"the weights in {settings.base} do not fit a VGG-16 of width {settings.width:g}; set width to "
+                f"the weights in {settings.base} do not fit a {settings.network} of width {settings.width:g}; set width to "
                 f"theirs, or base to another file and run `make pretrain PRESET={settings.preset}`"
             ) from None
         return network

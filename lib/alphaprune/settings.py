@@ -61,7 +61,8 @@ class Settings(_Strict):
     data: Literal["cifar10", "sample"]
     train_images: Count | None = None  # None: all 45,000
     val_images: Count | None = None  # None: all 5,000
-    width: Positive  # factor on VGG-16's channels
+    network: Literal["vgg16", "resnet20"] = "vgg16"
+    width: Positive  # factor on the network's channels
     keep_ratio: Annotated[float, Field(gt=0, le=1)]
     base: str  # file of the pretrained weights, from the project's folder
     # training, see train.Recipe
