@@ -40,7 +40,13 @@ def export(notebook: Path, page: Path, code: bool = True) -> None:
         exclude_input_prompt=True,
         exclude_output_prompt=True,
     )
-    titles = [
+    shown = [  # what an experiment's page is about
+        str(output.data["text/markdown"]).removeprefix("## ")
+        for cell in content.cells
+        for output in cell.get("outputs", [])
+        if str(output.get("data", {}).get("text/markdown", "")).startswith("## ")
+    ]
+    titles = shown[:1] + [
         line[2:] for cell in content.cells for line in cell.source.splitlines()[:1] if line.startswith("# ")
     ]
     body, _ = exporter.from_notebook_node(content, {"metadata": {"name": (titles or [notebook.stem])[0]}})

@@ -173,7 +173,7 @@ def test_frozen_stages_leave_the_pretrained_weights(small):
 
 
 def test_weights_of_another_width_are_named(small):
-    with pytest.raises(UsageError, match=r"vgg16\.safetensors do not fit a VGG-16 of width 0\.25; set width"):
+    with pytest.raises(UsageError, match=r"vgg16\.safetensors do not fit a vgg16 of width 0\.25; set width"):
         Experiment("smoke", "fig4", small, width=0.25).run(lambda line: None)
 
 

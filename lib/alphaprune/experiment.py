@@ -185,7 +185,7 @@ class Experiment:
         record = self.folder(node) / "run.json"
         if not record.is_file():
             earlier = sorted(self.folder(node).parent.glob(f"{node.stage.name}-*/run.json"))
-            return "its inputs changed since it was recorded" if earlier else "not recorded yet"
+            return "recorded, but with other parameters, parent or data" if earlier else "not recorded yet"
         if json.loads(record.read_text())["identity"] != node.identity:
             return f"{record} belongs to another stage"
         return None

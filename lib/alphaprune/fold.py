@@ -35,6 +35,8 @@ class Certificate:
             one that differs most for its size.
         largest_logit: largest absolute logit of the unfolded network.
         agreement: share of images with the same predicted class, 0..1.
+        spread: largest difference that the logits of two images have; near 0, the network says the same of every
+            image, and equal predictions mean nothing.
         images: how many images were compared.
         dtype: of the weights and images.
         alpha: of the unfolded network. Anything but 0.0 means that a fold was forced.
@@ -44,6 +46,7 @@ class Certificate:
     logits: float
     largest_logit: float
     agreement: float
+    spread: float
     images: int
     dtype: str
     alpha: float | tuple[float, ...]
@@ -63,6 +66,11 @@ class Certificate:
         pairs = [*((d, largest) for _, d, largest in self.layers), (self.logits, self.largest_logit)]
         return all(difference <= tolerance * largest for difference, largest in pairs)
 
+    @property
+    def dead(self) -> bool:
+        """Whether the unfolded network gives the same for every image, up to rounding."""
+        return self.images > 1 and self.spread <= 1e-5 * self.largest_logit
+
     @classmethod
     def from_record(cls, record: dict[str, Any]) -> Certificate:
         """The certificate that `dataclasses.asdict` wrote and JSON returned, lists for tuples."""
@@ -79,6 +87,7 @@ class Certificate:
         return (
             f"{'exact' if self.exact else 'NOT exact'}: logits differ by at most {self.logits:.2e} "
             f"({self.relative:.1e} of the largest), {self.agreement:.2%} equal predictions on {self.images} images, {self.dtype}"
+            f"{'; the unfolded network gives the same for every image' if self.dead else ''}"
         )
 
 
@@ -195,6 +204,7 @@ def _certify(model: ParallelModel, small: nn.Module, images: tuple[Tensor, ...])
         logits=differences[worst],
         largest_logit=largest[worst],
         agreement=_agreement(outputs, folded_outputs),
+        spread=(outputs[worst].amax(0) - outputs[worst].amin(0)).max().item(),
         images=len(images[0]),
         dtype=str(outputs[0].dtype).removeprefix("torch."),
         alpha=model.alpha,

@@ -24,6 +24,7 @@ STYLE = sns.axes_style("whitegrid") | sns.plotting_context("paper", font_scale=1
     "grid.color": "#e3e3e3",
     "axes.edgecolor": "#777777",
 }  # fmt: skip
+MARKERS = ("o", "s", "^", "D", "v", "P", "*")
 LIGHT, DARK = "#b9c0c8", "#3d4650"  # ends of the greys of stages to which the report gives no colour
 
 
@@ -99,11 +100,13 @@ def overview(summaries: pd.DataFrame, reported: pd.DataFrame) -> Figure:
         ax = figure.subplots()
         for name in names:
             own = summaries[summaries["experiment"] == name]
+            marker = MARKERS[names.index(name) % len(MARKERS)]
             best = own.groupby("alpha")["val_accuracy"].max().sort_index(ascending=False)
             ax.plot(best.index, 100 * best, color=palette[name], lw=1.4, zorder=2)
             ax.scatter(
-                own["alpha"], 100 * own["val_accuracy"], color=palette[name], s=22, label=name, zorder=3
-            )
+                own["alpha"], 100 * own["val_accuracy"], edgecolor=palette[name], facecolor="none", marker=marker,
+                s=40, lw=1.4, label=name, zorder=3,
+            )  # fmt: skip
             theirs = reported[reported["experiment"] == name]
             ax.scatter(
                 theirs["alpha"],

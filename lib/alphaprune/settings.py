@@ -91,6 +91,11 @@ class Settings(_Strict):
             raise ValueError(f"stage name {twice[0]!r} stands twice; give each stage a name of its own")
         return self
 
+    @property
+    def heading(self) -> str:
+        """The title, and how the rates differ from those that names and figures show."""
+        return self.title if self.lr_scale == 1 else f"{self.title} (trained at {self.lr_scale:g} × lr)"
+
     def recipe(self, stage: Stage) -> Recipe:
         shared = {f: getattr(self, f) for f in Recipe.__dataclass_fields__ if f != "lr"}
         return Recipe(lr=stage.lr * self.lr_scale, **shared)
