@@ -19,6 +19,8 @@ from alphaprune.provenance import provenance
 from alphaprune.storage import save_tensors, write_json
 from alphaprune.train import evaluate
 
+# Raise it when what `prune` measures or records changes; older records are then made anew.
+PRUNING_VERSION = 2
 CERTIFIED = 1000  # validation images that the certificate is measured on, at most
 COLUMNS = ["network", "val_accuracy", "test_accuracy", "parameters", "multiply_adds"]
 ORIGINAL, UNFOLDED, FOLDED = "original", "alpha 0", "folded"
@@ -63,7 +65,8 @@ def load_pruned(experiment: Experiment) -> Pruned | None:
     if not record.is_file():
         return None
     content = json.loads(record.read_text())
-    if content["identity"] != experiment.find(experiment.settings.folds).identity:
+    made = content["identity"], content.get("pruning_version")
+    if made != (experiment.find(experiment.settings.folds).identity, PRUNING_VERSION):
         return None
     certificate = Certificate.from_record(content["certificate"])
     return Pruned(content["network"], certificate, pd.DataFrame(content["table"], columns=COLUMNS))
@@ -90,6 +93,7 @@ def _prune(experiment: Experiment) -> Pruned:
         "experiment": s.experiment,
         "folds": s.folds,
         "identity": experiment.find(s.folds).identity,
+        "pruning_version": PRUNING_VERSION,
         "network": str(small),
         "table": rows,
         "test_images": len(test),
