@@ -26,7 +26,7 @@ from torch import nn
 from alphaprune import data as images
 from alphaprune.errors import UsageError
 from alphaprune.models import NETWORKS
-from alphaprune.parallel import ParallelModel
+from alphaprune.parallel import BRANCHES_VERSION, ParallelModel
 from alphaprune.progress import Progress
 from alphaprune.provenance import provenance
 from alphaprune.settings import Settings, Stage, given_parameters, load_settings, project_root
@@ -155,6 +155,7 @@ class Experiment:
             "network": {
                 f"{settings.network}_width": settings.width,
                 "keep_ratio": None if stage.alpha is None else settings.keep_ratio,
+                **({} if stage.alpha is None else {"branches": BRANCHES_VERSION}),
             },
             "data": [self._checksum, settings.train_images, settings.val_images],
             "seed": settings.seed,

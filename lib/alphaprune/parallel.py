@@ -31,6 +31,8 @@ from alphaprune.graph import ChannelLayer, Mixer, attribute, read
 from alphaprune.trace import as_inputs, trace
 from alphaprune.widths import KeepRatio, call, choose, for_target, is_narrow
 
+# Part of the identity of every stage with branches. Raise it when their names or their start change.
+BRANCHES_VERSION = 2
 WIDE, NARROW = "wide", "narrow"
 _TRANSPOSED = {3: F.conv_transpose1d, 4: F.conv_transpose2d, 5: F.conv_transpose3d}
 
