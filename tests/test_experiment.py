@@ -90,7 +90,9 @@ def test_a_changed_parent_makes_its_children_run_again(small):
     content["stages"][0]["train_wide"] = False
     file.write_text(yaml.safe_dump(content))
     experiment = Experiment("smoke", "fig4", small)
-    assert [experiment.why(n) for n in experiment.stages] == ["its inputs changed since it was recorded"] * 2
+    assert [experiment.why(n) for n in experiment.stages] == [
+        "recorded, but with other parameters, parent or data"
+    ] * 2
 
 
 def test_parents_in_another_experiment_are_trained_first(small):

@@ -3,5 +3,6 @@
 from alphaprune.errors import UsageError
 from alphaprune.fold import Certificate, fold
 from alphaprune.parallel import ParallelModel
+from alphaprune.plan import Plan, plan
 
-__all__ = ["Certificate", "ParallelModel", "UsageError", "fold"]
+__all__ = ["Certificate", "ParallelModel", "Plan", "UsageError", "fold", "plan"]

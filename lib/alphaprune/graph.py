@@ -453,7 +453,7 @@ class _Reader:
             involved = set(roots(ids).tolist()) - s.fixed.keys()
             if involved:
                 names = [m.name for m in mixers if involved.intersection(roots(m.ids).tolist())]
-                raise UsageError(f"{what}; to leave what it reads as wide as it is, exclude={names[:12]}")
+                raise UsageError(f"{what}; to leave what it reads as wide as it is, exclude={names[:6]}")
         self._fix(self.reasons_behind, mixers)
         constraints = [(roots(ids), blocks) for ids, blocks in self.blocks]
         s.atoms = [a for a in atoms(constraints) if any(r not in s.fixed for r in a.tolist())]

@@ -301,5 +301,5 @@ def _check_groups(widths: Widths, mixer: Mixer) -> None:
                     if bool(torch.isin(widths.structure.ties.roots(m.ids), own).any())
                 ]
                 raise UsageError(
-                    f"the {mixer.groups} groups of '{mixer.name}' would keep different numbers of channels; exclude={feeding[:12]}"
+                    f"the {mixer.groups} groups of '{mixer.name}' would keep different numbers of channels; exclude={feeding[:6]}"
                 )

@@ -1,0 +1,153 @@
+"""What pruning would give, before any training: a table of the layers, wide and folded, and measured latency."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from alphaprune.fold import fold
+from alphaprune.graph import Mixer
+from alphaprune.parallel import ParallelModel
+from alphaprune.trace import as_inputs
+from alphaprune.widths import KeepRatio, costs
+
+RUNS = 10  # timed forward passes of each network, alternating
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A network's layers as they are and as they would be.
+
+    Attributes:
+        table: one row a layer, in the order of their first use: `layer`, `kind`, `in`, `out` and `in_folded`,
+            `out_folded` (channels), `parameters`, `multiply_adds` and the same `_folded` (multiply-adds of one image), and
+            `why_wide`: why a layer keeps all its output channels, empty where it does not.
+        keep_ratio: as given, or as found for a target.
+        milliseconds, milliseconds_folded: median latency of a batch like the example, on its device and torch's present
+            number of threads; None if it was not measured.
+        images: in that batch.
+    """
+
+    table: pd.DataFrame
+    keep_ratio: KeepRatio
+    milliseconds: float | None
+    milliseconds_folded: float | None
+    images: int
+
+    def share(self, cost: str) -> float:
+        """What is left of the `parameters` or `multiply_adds`, as a share of the original."""
+        return float(self.table[f"{cost}_folded"].sum() / self.table[cost].sum())
+
+    def __str__(self) -> str:
+        t = self.table
+        lines = [
+            f"parameters     {t['parameters'].sum():>15,} -> {t['parameters_folded'].sum():>13,}  ({self.share('parameters'):.1%})",
+            f"multiply-adds  {t['multiply_adds'].sum():>15,} -> {t['multiply_adds_folded'].sum():>13,}  ({self.share('multiply_adds'):.1%})",
+        ]
+        if self.milliseconds is not None:
+            share = self.milliseconds_folded / self.milliseconds
+            lines.append(
+                f"milliseconds   {self.milliseconds:>15.1f} -> {self.milliseconds_folded:>13.1f}  ({share:.1%}), "
+                f"{self.images} images, {torch.get_num_threads()} threads"
+            )
+        wide = t[t["why_wide"] != ""]
+        lines.append(f"{len(wide)} of {len(t)} layers keep all their channels")
+        return "\n".join([t.to_string(index=False), "", *lines])
+
+
+def plan(
+    network: nn.Module,
+    keep_ratio: KeepRatio | None = None,
+    example_input: Tensor | tuple[Tensor, ...] | None = None,
+    *,
+    exclude: Sequence[str] = (),
+    round_to: int = 1,
+    for_macs: float | None = None,
+    for_params: float | None = None,
+    latency: bool = True,
+) -> Plan:
+    """Say what would become of a network. Arguments and errors are those of `ParallelModel`.
+
+    Args:
+        latency: measure it, which takes some forward passes of both networks.
+
+    Example:
+        >>> import torch
+        >>> from alphaprune.models import resnet20
+        >>> p = plan(resnet20(), example_input=torch.zeros(1, 3, 32, 32), for_macs=0.25, latency=False)
+        >>> p.share("multiply_adds") <= 0.25
+        True
+    """
+    options = {"exclude": exclude, "round_to": round_to, "for_macs": for_macs, "for_params": for_params}
+    model = ParallelModel(network, keep_ratio, example_input, **options)
+    milliseconds = (None, None)
+    if latency:
+        model.alpha = 0.0
+        small, _ = fold(model)
+        milliseconds = _latency(network, small, as_inputs(example_input))
+    return Plan(_table(model), model.keep_ratio, *milliseconds, images=len(model.example_input[0]))
+
+
+def _table(model: ParallelModel) -> pd.DataFrame:
+    s = model.structure
+    owners = {o.name: o for o in (*s.mixers.values(), *s.channel_layers.values())}
+    wide, folded = (pd.DataFrame(costs(s, w)).groupby("name", sort=False) for w in (None, model.widths))
+    total = ["parameters", "multiply_adds"]
+    table = pd.concat([wide[["in", "out"]].first(), wide[total].sum()], axis=1)
+    narrow = pd.concat([folded[["in", "out"]].first(), folded[total].sum()], axis=1)
+    table = table.join(narrow.add_suffix("_folded")).reset_index(names="layer")
+    table.insert(1, "kind", [_kind(model.network, name) for name in table["layer"]])
+    table["why_wide"] = [_why_wide(model, owners[name]) for name in table["layer"]]
+    ours = set(table["layer"])
+    rest = [
+        {"layer": name, "kind": type(m).__name__, "parameters": n, "parameters_folded": n, "why_wide": "not called in forward()"}
+        for name, m in model.network.named_modules()
+        if name not in ours and (n := sum(p.numel() for p in m.parameters(recurse=False)))
+        and not any(o.startswith(f"{name}.") for o in ours)
+    ]  # fmt: skip
+    return (
+        pd.concat([table, pd.DataFrame(rest)])
+        .fillna({c: 0 for c in table if table[c].dtype.kind in "if"})
+        .astype({c: int for c in table if table[c].dtype.kind in "if"})
+    )
+
+
+def _kind(network: nn.Module, name: str) -> str:
+    try:
+        return type(network.get_submodule(name)).__name__
+    except AttributeError:
+        return "parameter"
+
+
+def _why_wide(model: ParallelModel, owner: Any) -> str:
+    if isinstance(owner, Mixer):
+        return model.structure.why_fixed(owner) or ""
+    return (
+        ""
+        if owner.key in model.narrow_layers or owner.key in model.narrow_parameters
+        else "what it reads is wide"
+    )
+
+
+@torch.no_grad()
+def _latency(network: nn.Module, small: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[float, float]:
+    """Median milliseconds of each, in eval mode, alternating, after a warm-up."""
+    was_training = network.training
+    times: tuple[list[float], list[float]] = ([], [])
+    for run in range(RUNS + 2):
+        for which, f in enumerate((network.eval(), small.eval())):
+            started = time.perf_counter()
+            f(*inputs)
+            if inputs[0].is_cuda:
+                torch.cuda.synchronize()
+            if run >= 2:
+                times[which].append(1000 * (time.perf_counter() - started))
+    network.train(was_training)
+    return statistics.median(times[0]), statistics.median(times[1])
