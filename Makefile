@@ -34,7 +34,8 @@ ifeq ($(filter $(PRESET),$(PRESETS)),)
 $(error preset '$(PRESET)' is unknown; there are: $(PRESETS))
 endif
 
-.PHONY: reproduce-figures figures html pretrain experiments data lab test environment lock clean help $(EXPERIMENTS) pruned
+PHONY_BEYOND := skips own-network coverage
+.PHONY: $(PHONY_BEYOND) reproduce-figures figures html pretrain experiments data lab test environment lock clean help $(EXPERIMENTS) pruned
 
 reproduce-figures: $(R)/report.html $(PAGES)
 	@if [ -e $(R)/.changed ]; then rm -f $(R)/.changed; echo "Done."; else echo "Nothing to do: everything is up to date."; fi
@@ -49,6 +50,9 @@ help:
 	@echo "make figures             Figures 1 to 4 and the overview, PNG and SVG"
 	@echo "make html                every executed notebook as a page, and the report"
 	@echo "make fig4                one experiment; also: $(filter-out fig4,$(EXPERIMENTS)) pruned"
+	@echo "make skips               ResNet-20: pruned through its skip connections, and without them"
+	@echo "make own-network         a ResNet-18 on a folder of images, from load to bundle"
+	@echo "make coverage            fold every CNN of torchvision and write docs/coverage.md"
 	@echo "make pretrain            train the pretrained network anew"
 	@echo "make data                fetch CIFAR-10 or check what is there"
 	@echo "make lock                resolve requirements.lock anew"
@@ -100,6 +104,26 @@ $(foreach e,fig1 section21 fig2 fig3,$(R)/notebooks/$(e).ipynb): $(R)/notebooks/
 $(R)/notebooks/pruned.ipynb: notebooks/03_fold_and_verify.ipynb params/$(PRESET)/pruned.yaml params/report/pruned.yaml $(R)/notebooks/fig4.ipynb
 	@$(RUN) $< $@ -f params/$(PRESET)/pruned.yaml
 	@touch $(R)/.changed
+
+# ---- beyond the report: notebooks of their own
+
+skips: $(R)/html/skips.html
+$(R)/notebooks/pretrain_resnet20.ipynb: notebooks/01_pretraining.ipynb params/$(PRESET)/pretrain_resnet20.yaml params/$(PRESET)/preset.yaml | $(READY) $(DATA)
+	@$(RUN) $< $@ -f params/$(PRESET)/pretrain_resnet20.yaml
+	@touch $(R)/.changed
+
+$(R)/notebooks/skips.ipynb: notebooks/06_skip_connections.ipynb $(LIBRARY) params/$(PRESET)/preset.yaml \
+    $(foreach e,resnet20_narrow resnet20_plain,params/$(PRESET)/$(e).yaml params/report/$(e).yaml) $(R)/notebooks/pretrain.ipynb $(R)/notebooks/pretrain_resnet20.ipynb
+	@$(RUN) $< $@ -p preset $(PRESET)
+	@touch $(R)/.changed
+
+own-network: $(R)/html/own_network.html
+$(R)/notebooks/own_network.ipynb: notebooks/07_your_own_network.ipynb params/own_network/$(PRESET).yaml $(LIBRARY) | $(READY) $(DATA)
+	@$(RUN) $< $@ -f params/own_network/$(PRESET).yaml
+	@touch $(R)/.changed
+
+coverage: | $(READY)
+	$(BIN)/python docs/coverage.py
 
 # ---- figures, report, pages
 

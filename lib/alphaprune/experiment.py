@@ -30,6 +30,7 @@ from alphaprune.parallel import BRANCHES_VERSION, ParallelModel
 from alphaprune.progress import Progress
 from alphaprune.provenance import provenance
 from alphaprune.settings import Settings, Stage, given_parameters, load_settings, project_root
+from alphaprune.skips import SkipModel
 from alphaprune.storage import load_tensors, save_tensors, write_bytes, write_json
 from alphaprune.train import (
     TRAINING_VERSION,
@@ -133,7 +134,7 @@ class Experiment:
             raise UsageError(
                 f"stage '{name}' has no alpha, but '{parent.name}', which it starts from, has branches; give it an alpha"
             )
-        for key in ("network", "width", "keep_ratio"):
+        for key in ("network", "width", "keep_ratio", "anneal"):
             own, its = getattr(settings, key), getattr(parent.settings, key)
             if own != its:
                 raise UsageError(
@@ -155,7 +156,7 @@ class Experiment:
             "network": {
                 f"{settings.network}_width": settings.width,
                 "keep_ratio": None if stage.alpha is None else settings.keep_ratio,
-                **({} if stage.alpha is None else {"branches": BRANCHES_VERSION}),
+                **({} if stage.alpha is None else {"anneal": settings.anneal, "branches": BRANCHES_VERSION}),
             },
             "data": [self._checksum, settings.train_images, settings.val_images],
             "seed": settings.seed,
@@ -276,8 +277,9 @@ class Experiment:
             model = self._network(node)
         else:
             model = self._parallel(node)
-        if isinstance(model, ParallelModel):
+        if node.stage.alpha is not None:
             model.alpha = node.stage.alpha
+        if isinstance(model, ParallelModel):
             model.train_wide = node.stage.train_wide
         return model
 
@@ -302,17 +304,19 @@ class Experiment:
             ) from None
         return network
 
-    def _parallel(self, node: _Node) -> ParallelModel:
-        """The parallel model around a stage's first ancestor; its branches depend on the seed alone."""
+    def _parallel(self, node: _Node) -> ParallelModel | SkipModel:
+        """The model with an alpha around a stage's first ancestor; its branches depend on the seed alone."""
         first = node
         while isinstance(first.parent, _Node) and first.parent.stage.alpha is not None:
             first = first.parent
         network = self._network(first)
+        if node.settings.anneal == "skips":
+            return SkipModel(network, self.example_image())
         torch.manual_seed(derive_seed(node.settings.seed, "branches"))
-        return ParallelModel(network, node.settings.keep_ratio, torch.zeros(2, 3, 32, 32))
+        return ParallelModel(network, node.settings.keep_ratio, self.example_image())
 
-    def model(self, name: str) -> ParallelModel:
-        """The trained parallel model of a recorded stage, at that stage's alpha, in eval mode."""
+    def model(self, name: str) -> ParallelModel | SkipModel:
+        """The trained model of a recorded stage, at that stage's alpha, in eval mode."""
         node = self.find(name)
         path = self.folder(node) / "weights.safetensors"
         if self.why(node) is not None or not path.is_file():
@@ -323,6 +327,11 @@ class Experiment:
         model.load_state_dict(load_tensors(path)[0])
         model.alpha = node.stage.alpha
         return model.eval()
+
+    @staticmethod
+    def example_image() -> torch.Tensor:
+        """One image of the size the networks expect, (1, 3, 32, 32)."""
+        return torch.zeros(1, 3, 32, 32)
 
     def base_network(self) -> nn.Module:
         """The preset's pretrained network, in eval mode."""

@@ -191,23 +191,34 @@ def _certify(model: ParallelModel, small: nn.Module, images: tuple[Tensor, ...])
             hook.remove()
         model.composed = was_composed
         model.train(was_training)
-    outputs, folded_outputs = tree_flatten(output)[0], tree_flatten(folded)[0]
-    differences = [(a - b).abs().max().item() for a, b in zip(outputs, folded_outputs, strict=True)]
+    layers = tuple(
+        (name, (z - found[name]).abs().max().item(), z.abs().max().item())
+        for name, z in narrow.items()
+        if name in found
+    )
+    return compare(tree_flatten(output)[0], tree_flatten(folded)[0], layers, len(images[0]), model.alpha)
+
+
+def compare(
+    outputs: list[Tensor],
+    folded: list[Tensor],
+    layers: tuple[tuple[str, float, float], ...],
+    images: int,
+    alpha: float | tuple[float, ...],
+) -> Certificate:
+    """The certificate of two networks' outputs on the same images, the unfolded one's first; see `Certificate`."""
+    differences = [(a - b).abs().max().item() for a, b in zip(outputs, folded, strict=True)]
     largest = [a.abs().max().item() for a in outputs]
     worst = max(range(len(outputs)), key=lambda i: differences[i] / (largest[i] or 1))
     return Certificate(
-        layers=tuple(
-            (name, (z - found[name]).abs().max().item(), z.abs().max().item())
-            for name, z in narrow.items()
-            if name in found
-        ),
+        layers=layers,
         logits=differences[worst],
         largest_logit=largest[worst],
-        agreement=_agreement(outputs, folded_outputs),
+        agreement=_agreement(outputs, folded),
         spread=(outputs[worst].amax(0) - outputs[worst].amin(0)).max().item(),
-        images=len(images[0]),
+        images=images,
         dtype=str(outputs[0].dtype).removeprefix("torch."),
-        alpha=model.alpha,
+        alpha=alpha,
     )
 
 

@@ -124,6 +124,15 @@ class Structure:
     def _fixed_roots(self) -> Tensor:  # only asked for when all reasons are known
         return torch.tensor(sorted(self.fixed), dtype=torch.long)
 
+    def tied(self) -> list[str]:
+        """The mixers whose output channels are tied to another's, a line a group: `conv, blocks.0.conv2`."""
+        groups: dict[int, list[str]] = {}
+        for mixer in {m.key: m for m in self.mixers.values()}.values():
+            roots = set(self.ties.roots(mixer.ids).tolist())
+            group = next((g for g in groups if g in roots), min(roots))
+            groups.setdefault(group, []).append(mixer.name)
+        return [", ".join(names) for names in groups.values() if len(names) > 1]
+
     def why_fixed(self, mixer: Mixer) -> str | None:
         """Why a mixer keeps all its channels, None if it does not."""
         reasons = {self.fixed.get(r) for r in self.ties.roots(mixer.ids).tolist()}

@@ -16,6 +16,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from torch import Tensor
 
 from alphaprune.storage import write_bytes
 
@@ -138,24 +139,49 @@ def _percent(ax: Axes) -> None:
 
 
 def prune_bars(table: pd.DataFrame) -> Figure:
-    """Test accuracy, parameters and multiply-adds of the original and the folded network, side by side.
+    """Accuracy, parameters and cost of original and pruned networks, side by side, for the columns that are there.
 
     Args:
-        table: columns network, test_accuracy (a share of 1), parameters, multiply_adds.
+        table: a row a network, "original" in the names of those; columns network, test_accuracy (a share of 1), parameters, multiply_adds.
     """
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(8.6, 2.9), layout="constrained")
+        figure = Figure(figsize=(max(8.6, 3.4 * len(table)), 2.9), layout="constrained")
         columns = (
             ("test_accuracy", 100, "test accuracy, %"),
+            ("val_accuracy", 100, "validation accuracy, %"),
             ("parameters", 1e-6, "parameters, millions"),
             ("multiply_adds", 1e-6, "multiply-adds an image, millions"),
+            ("milliseconds", 1, "milliseconds a batch"),
         )
-        for ax, (column, factor, title) in zip(figure.subplots(1, 3), columns, strict=True):
-            bars = ax.bar(table["network"], factor * table[column], color=[LIGHT, "royalblue"], width=0.6)
+        columns = [c for c in columns if c[0] in table]
+        if "test_accuracy" in table:  # the final word; then validation is not drawn
+            columns = [c for c in columns if c[0] != "val_accuracy"]
+        for ax, (column, factor, title) in zip(figure.subplots(1, len(columns)), columns, strict=True):
+            colors = [LIGHT if "original" in name else "royalblue" for name in table["network"]]
+            bars = ax.bar(table["network"], factor * table[column], color=colors, width=0.6)
             ax.bar_label(bars, fmt="{:.3g}", padding=2)
             ax.margins(y=0.15)
             ax.grid(False, axis="x")
             ax.set_title(title, fontsize="medium")
+    return figure
+
+
+def picture_grid(images: Tensor, titles: list[str], columns: int = 10) -> Figure:
+    """Pictures in rows, each with its title.
+
+    Args:
+        images: (N, 3, H, W) uint8.
+        titles: one a picture.
+        columns: pictures a row.
+    """
+    rows = -(-len(images) // columns)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(0.95 * columns, 1.15 * rows), layout="constrained")
+        for ax, image, title in zip(figure.subplots(rows, columns).flat, images, titles, strict=False):
+            ax.imshow(image.permute(1, 2, 0).numpy())
+            ax.set_title(title, fontsize="x-small", pad=2)
+        for ax in figure.axes:
+            ax.axis("off")
     return figure
 
 

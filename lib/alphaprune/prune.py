@@ -16,6 +16,7 @@ from alphaprune.experiment import Experiment
 from alphaprune.fold import Certificate, fold
 from alphaprune.measure import multiply_adds, parameters
 from alphaprune.provenance import provenance
+from alphaprune.skips import SkipModel, remove_skips
 from alphaprune.storage import save_tensors, write_json
 from alphaprune.train import evaluate
 
@@ -79,7 +80,7 @@ def _prune(experiment: Experiment) -> Pruned:
     model = experiment.model(s.folds)
     val = images.load(s.data).val.first(s.val_images)
     x, _ = next(images.batches(val, CERTIFIED))
-    small, certificate = fold(model, x)
+    small, certificate = remove_skips(model, x) if isinstance(model, SkipModel) else fold(model, x)
     model.composed = False  # the table compares with the plain form too
     test = images.load_test(s.data)
     rows = []

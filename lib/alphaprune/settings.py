@@ -64,6 +64,9 @@ class Settings(_Strict):
     network: Literal["vgg16", "resnet20"] = "vgg16"
     width: Positive  # factor on the network's channels
     keep_ratio: Annotated[float, Field(gt=0, le=1)]
+    anneal: Literal["channels", "skips"] = (
+        "channels"  # what alpha weighs: the wide channels, or the shortcuts
+    )
     base: str  # file of the pretrained weights, from the project's folder
     # training, see train.Recipe
     seed: Annotated[int, Field(ge=0)] = 0
@@ -95,6 +98,12 @@ class Settings(_Strict):
     def heading(self) -> str:
         """The title, and how the rates differ from those that names and figures show."""
         return self.title if self.lr_scale == 1 else f"{self.title} (trained at {self.lr_scale:g} × lr)"
+
+    @model_validator(mode="after")
+    def _skips_train_everything(self) -> Settings:
+        if self.anneal == "skips" and not all(s.train_wide for s in self.stages):
+            raise ValueError("anneal: skips has no branches that could train alone; leave train_wide out")
+        return self
 
     def recipe(self, stage: Stage) -> Recipe:
         shared = {f: getattr(self, f) for f in Recipe.__dataclass_fields__ if f != "lr"}
