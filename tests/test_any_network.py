@@ -232,3 +232,112 @@ def test_every_part_alone_is_narrowed(part):
     assert sum(p.numel() for p in small.parameters()) < 0.6 * sum(
         p.numel() for p in model.network.parameters()
     )
+
+
+class TwoInputs(nn.Module):
+    """Two inputs, two outputs, a global shortcut, dropout as a function that depends on the mode."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c, self.d = (nn.Conv2d(2, 8, 3, padding=1) for _ in range(4))
+        self.out, self.head = nn.Conv2d(16, 2, 1), nn.Linear(8, 3)
+
+    def forward(self, x, y):
+        a, b = F.relu(self.a(x)), F.relu(self.b(y))
+        a = F.dropout(a * b, 0.5, self.training)
+        maps = self.out(torch.cat([a, self.c(x)], 1)) + x
+        return maps, self.head(self.d(y).mean(dim=[2, 3]) + a.mean([2, 3]))
+
+
+def test_several_inputs_and_outputs():
+    torch.manual_seed(0)
+    x = torch.randn(3, 2, 8, 8).double(), torch.randn(3, 2, 8, 8).double()
+    model = ParallelModel(TwoInputs().double(), 0.5, x)
+    scramble(model, 0)
+    model.alpha = 0.0
+    small, certificate = fold(model, x)
+    assert certificate.exact and len(certificate.layers) == 4
+    assert (small.a.out_channels, small.c.out_channels, small.d.out_channels, small.out.in_channels) == (
+        4,
+        4,
+        4,
+        8,
+    )
+    for a, b in zip(small(*x), model.eval()(*x), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+    torch.manual_seed(1)
+    first = model.train()(*x)[0]
+    assert not torch.equal(first, model(*x)[0])  # dropout drops in training mode
+    assert torch.equal(model.eval()(*x)[0], model(*x)[0])
+
+
+class Overwritten(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.relu = nn.Conv2d(2, 8, 1), nn.Conv2d(8, 8, 1), nn.ReLU(inplace=True)
+
+    def forward(self, x):
+        x = self.a(x)
+        y = self.relu(x)  # overwrites x, which the sum reads
+        return self.b(x + y)
+
+
+class Auxiliary(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.aux = nn.Conv2d(2, 8, 1), nn.Conv2d(8, 4, 1), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x):
+        x = self.a(x)
+        return (self.b(x), self.aux(x)) if self.training else self.b(x)
+
+
+@pytest.mark.parametrize(
+    ("network", "message"),
+    [
+        (Overwritten(), "does not compute the same once it is traced; look in forward"),
+        (Auxiliary(), "computes something else in training mode, with 'aux'"),
+    ],
+)
+def test_networks_whose_trace_is_another_function_are_refused(network, message):
+    with pytest.raises(UsageError, match=message):
+        parallel(network, keep_ratio=0.5)
+
+
+class Across(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(2, 4, 1), nn.Conv2d(4, 6, 1)
+        self.c, self.d = nn.Conv2d(10, 10, 3, groups=2), nn.Conv2d(10, 2, 1)
+
+    def forward(self, x):
+        a = self.a(x)
+        return self.d(self.c(torch.cat([a, self.b(a)], 1)))
+
+
+def test_groups_across_a_concatenation_are_refused_and_the_remedy_works():
+    with pytest.raises(
+        UsageError, match=r"groups of 'c' would keep different numbers of channels; exclude=\['a', 'b'\]"
+    ):
+        parallel(Across(), keep_ratio=0.34375)
+    model = parallel(Across(), keep_ratio=0.34375, exclude=["a", "b"])
+    model.alpha = 0.0
+    assert fold(model)[1].exact
+
+
+def test_channels_that_stay_pass_through_a_concatenation_unchanged():
+    class Join(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = nn.Conv2d(2, 4, 1), nn.Conv2d(2, 6, 1), nn.Conv2d(10, 2, 1)
+
+        def forward(self, x):
+            return self.c(torch.cat([self.a(x), self.b(x)], 1))
+
+    model = parallel(Join(), keep_ratio=0.5, exclude=["a"])
+    expand = model.expand["c"].weight
+    assert (
+        torch.equal(expand[:4], torch.eye(4, 7).double())
+        and not expand[4:, :4].any()
+        and expand[4:, 4:].all()
+    )
