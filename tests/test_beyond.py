@@ -30,7 +30,9 @@ def test_skip_connections(project):
     for figure in ("skips_narrow", "skips_plain", "skips", "pretraining_resnet20"):
         assert (results / "figures" / f"{figure}.png").is_file()
     page = (results / "html" / "skips.html").read_text()
-    assert [re.search(rf"ResNet-20\s+{way}", page) is not None for way in ("original", "narrow", "plain")] == [True] * 3
+    assert [
+        re.search(rf"ResNet-20\s+{way}", page) is not None for way in ("original", "narrow", "plain")
+    ] == [True] * 3
     assert re.search(r"conv, blocks\.0\.conv2", page)
 
 

@@ -247,32 +247,31 @@ class _Reader:
         reads = None if ids_in is None else _pattern(ids_in)
         if ids_in is not None and (reads is None or (groups > 1 and reads.channels != len(ids_in))):
             raise _Uncovered("reads flattened maps of different sizes, or the same channels several times")
-        if (first := self.by_name.get(name)) is not None:
-            self._used_again(node, first, ids_in)
-            return self.labels[first.key]
-        channels = shape[1] * groups if transposed else shape[0]
-        ids = self.ties.new(channels)
-        mixer = Mixer(
-            node.name,
-            source.name,
-            name,
-            weight,
-            bias,
-            groups,
-            transposed,
-            -1 if linear else 1,
-            reads,
-            ids_in,
-            ids,
-        )
-        self.s.mixers[node.name] = self.by_name[name] = mixer
-        self.blocks.append((ids, groups))
-        if groups > 1 and ids_in is not None:
-            self.blocks.append((ids_in, groups))
-        if channels == 1:
-            self.reasons.append((ids, "it has one channel"))
+        mixer = self.by_name.get(name)
+        if mixer is not None:
+            self._used_again(node, mixer, ids_in)
+        else:
+            mixer = Mixer(
+                key=node.name,
+                source=source.name,
+                name=name,
+                weight=weight,
+                bias=bias,
+                groups=groups,
+                transposed=transposed,
+                dim=-1 if linear else 1,
+                reads=reads,
+                ids_in=ids_in,
+                ids=self.ties.new(shape[1] * groups if transposed else shape[0]),
+            )
+            self.s.mixers[node.name] = self.by_name[name] = mixer
+            self.blocks.append((mixer.ids, groups))
+            if groups > 1 and ids_in is not None:
+                self.blocks.append((ids_in, groups))
+        if len(mixer.ids) == 1:
+            self.reasons.append((mixer.ids, "it has one channel"))
             return None
-        return _along(ids, dim, value.dim())
+        return _along(mixer.ids, dim, value.dim())
 
     def _parameters(self, node: fx.Node, module: nn.Module | None) -> tuple[str, str, str | None, int]:
         """Name, weight, bias and groups of a mixing layer, or of a function that is called with parameters."""
