@@ -341,3 +341,23 @@ def test_channels_that_stay_pass_through_a_concatenation_unchanged():
         and not expand[4:, :4].any()
         and expand[4:, 4:].all()
     )
+
+
+class Constant(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(2, 4, 1), nn.Conv2d(4, 2, 1)
+
+    def forward(self, x):
+        return self.b(self.a(x) * torch.tensor([1.0, 2, 3, 4]).view(-1, 1, 1))
+
+
+def test_numbers_for_each_channel_made_in_forward_are_refused():
+    with pytest.raises(UsageError, match=r"meets .*exclude=\['a'\]"):
+        parallel(Constant(), keep_ratio=0.5)
+
+
+def test_a_network_that_cannot_be_copied_is_named():
+    network = nn.Sequential(nn.Conv2d(2, 4, 1), nn.utils.weight_norm(nn.Conv2d(4, 4, 1)), nn.Conv2d(4, 2, 1))
+    with pytest.raises(UsageError, match="Sequential cannot be copied"):
+        parallel(network, keep_ratio=0.5)

@@ -332,7 +332,9 @@ class _Reader:
         """A parameter or buffer with one dimension of length above 1 may hold a number for each channel."""
         value = self.trace.values[node.name]
         dims = [d for d, n in enumerate(value.shape) if n > 1] if isinstance(value, Tensor) else []
-        if len(dims) != 1:
+        if len(dims) != 1 or node.target.startswith(
+            "_tensor_constant"
+        ):  # made anew in forward(), at full length
             return None
         if (first := self.by_name.get(node.target)) is not None:
             self.s.channel_layers[node.name] = first

@@ -96,7 +96,13 @@ class ParallelModel(nn.Module):
             raise UsageError("keep_ratio, for_macs and for_params exclude each other; give one of them")
         if isinstance(exclude, str):
             raise UsageError(f"exclude is the text {exclude!r}; give a list, [{exclude!r}]")
-        self.network = copy.deepcopy(network)
+        try:
+            self.network = copy.deepcopy(network)
+        except RuntimeError as e:  # such as a weight that a hook computes
+            raise UsageError(
+                f"{type(network).__name__} cannot be copied ({str(e).splitlines()[0][:120]}); "
+                "remove weight norm and the like first, and the graph of an earlier backward pass"
+            ) from None
         # An operation in place on what the wide program holds would change what R reads.
         self.in_place = [name for name, m in self.network.named_modules() if getattr(m, "inplace", False)]
         for name in self.in_place:
