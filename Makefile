@@ -34,8 +34,8 @@ ifeq ($(filter $(PRESET),$(PRESETS)),)
 $(error preset '$(PRESET)' is unknown; there are: $(PRESETS))
 endif
 
-PHONY_BEYOND := skips own-network coverage
-.PHONY: $(PHONY_BEYOND) reproduce-figures figures html pretrain experiments data lab test environment lock clean help $(EXPERIMENTS) pruned
+.PHONY: skips own-network coverage
+.PHONY: reproduce-figures figures html pretrain experiments data lab test environment lock clean help $(EXPERIMENTS) pruned
 
 reproduce-figures: $(R)/report.html $(PAGES)
 	@if [ -e $(R)/.changed ]; then rm -f $(R)/.changed; echo "Done."; else echo "Nothing to do: everything is up to date."; fi
@@ -56,7 +56,7 @@ help:
 	@echo "make pretrain            train the pretrained network anew"
 	@echo "make data                fetch CIFAR-10 or check what is there"
 	@echo "make lock                resolve requirements.lock anew"
-	@echo "make clean               remove results/$(PRESET) but for the pretrained network"
+	@echo "make clean               remove results/$(PRESET) but for the pretrained networks"
 	@echo "Presets (PRESET=...):    $(PRESETS); now $(PRESET). Notebooks at once (JOBS=...): now $(JOBS)"
 
 # ---- environment and data
@@ -155,4 +155,4 @@ test: $(READY)
 	@$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 clean:
-	rm -rf $(R)/notebooks $(R)/html $(R)/figures $(R)/stages $(R)/report.html $(R)/scorecard.csv
+	rm -rf $(R)/notebooks $(R)/html $(R)/figures $(R)/stages $(R)/bundle $(R)/own_images $(R)/report.html $(R)/scorecard.csv
