@@ -1,16 +1,21 @@
 """Networks put together at random from every rule: the lockstep is the network, and the fold is the lockstep."""
 
+import ast
 import copy
+import re
 
 import pytest
 import torch
+import torchvision
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_fold import scramble
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._pytree import tree_flatten
 
-from alphaprune import ParallelModel, UsageError, fold
+from alphaprune import ParallelModel, UsageError, fold, plan
+from alphaprune.measure import multiply_adds, parameters
 
 
 class Residual(nn.Module):
@@ -295,7 +300,7 @@ class Auxiliary(nn.Module):
 @pytest.mark.parametrize(
     ("network", "message"),
     [
-        (Overwritten(), "does not compute the same once it is traced; look in forward"),
+        (Overwritten(), "Overwritten overwrites 'a' at 'relu' and goes on using it"),
         (Auxiliary(), "computes something else in training mode, with 'aux'"),
     ],
 )
@@ -361,3 +366,164 @@ def test_a_network_that_cannot_be_copied_is_named():
     network = nn.Sequential(nn.Conv2d(2, 4, 1), nn.utils.weight_norm(nn.Conv2d(4, 4, 1)), nn.Conv2d(4, 2, 1))
     with pytest.raises(UsageError, match="Sequential cannot be copied"):
         parallel(network, keep_ratio=0.5)
+
+
+def network_of(forward, **layers):
+    """A network of these layers; forward(self, x, ...) is a function."""
+
+    class Small(nn.Module):
+        def __init__(self):
+            super().__init__()
+            for name, layer in layers.items():
+                setattr(self, name, layer)
+
+    Small.forward = forward
+    return Small()
+
+
+def conv(inputs, outputs, **options):
+    return nn.Conv2d(inputs, outputs, 3, padding=1, **options)
+
+
+def pyramid(self, x):
+    x = self.a(x)
+    return self.b(torch.cat([x, F.max_pool2d(x, 3, 1, 1), x], 1))
+
+
+def focus(self, x):
+    x = F.pixel_unshuffle(self.a(x), 2)
+    return self.b(F.relu(x))
+
+
+def gated_parts(self, x):
+    return self.b(torch.cat(self.a(x).chunk(2, 1), axis=1))
+
+
+def with_default(self, x, scale=2.0, mask=None):
+    x = self.a(x) * scale
+    return self.b(x if mask is None else x * mask)
+
+
+def by_keyword(self, x):
+    return self.b(input=F.conv2d(input=self.a(x), weight=self.w))
+
+
+def log_probabilities(self, x):
+    return F.log_softmax(self.b(self.a(x)).mean((2, 3)), dim=1)
+
+
+def sizes(self, x):
+    x = self.b(self.a(x))
+    return x, x.shape[0], None
+
+
+EVERYDAY = {
+    "the same map several times": (pyramid, {"a": conv(2, 8), "b": conv(24, 4)}),
+    "space to depth": (focus, {"a": conv(2, 8), "b": conv(32, 4)}),
+    "all parts of a chunk": (gated_parts, {"a": conv(2, 8), "b": conv(8, 4)}),
+    "defaults": (with_default, {"a": conv(2, 8), "b": conv(8, 4)}),
+    "by keyword": (by_keyword, {"a": conv(2, 8), "b": conv(6, 4), "w": nn.Parameter(torch.randn(6, 8, 1, 1))}),
+    "softmax at the end": (log_probabilities, {"a": conv(2, 8), "b": conv(8, 4)}),
+    "numbers in the output": (sizes, {"a": conv(2, 8), "b": conv(8, 4)}),
+    "one slope for all": (lambda self, x: self.b(self.p(self.a(x))), {"a": conv(2, 8), "p": nn.PReLU(), "b": conv(8, 4)}),
+    "frozen norm": (
+        lambda self, x: self.b(self.n(self.a(x))),
+        {"a": conv(2, 8), "n": torchvision.ops.FrozenBatchNorm2d(8), "b": conv(8, 4)},
+    ),
+    "a parameter of the network": (
+        lambda self, x: self.b(self.a(x) * self.g[:, None, None]),
+        {"a": conv(2, 8), "b": conv(8, 4), "g": nn.Parameter(torch.rand(8))},
+    ),
+    "behind a rearrangement": (
+        lambda self, x: self.c(self.b(F.pixel_shuffle(self.a(x), 2))),
+        {"a": conv(2, 8), "b": conv(2, 8), "c": conv(8, 4)},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", EVERYDAY)
+def test_everyday_networks(name):
+    forward, layers = EVERYDAY[name]
+    network = network_of(forward, **copy.deepcopy(layers)).double()
+    x = torch.randn(2, 2, 8, 8).double()
+    try:
+        model = ParallelModel(network, 0.5, x)
+    except UsageError as e:  # then what it says to exclude leads on
+        names = re.search(r"exclude=(\[.*\])", str(e))
+        model = ParallelModel(network, 0.5, x, exclude=ast.literal_eval(names[1]))
+    scramble(model, 1)
+    model.alpha = 0.0
+    small, certificate = fold(model, x)
+    assert certificate.exact
+    p = plan(network, 0.5, x, exclude=["a"] if name == "behind a rearrangement" else (), latency=False)
+    assert p.table["parameters"].sum() == parameters(network)
+    assert p.table["parameters_folded"].sum() == parameters(small) < parameters(network)
+    assert p.table["multiply_adds_folded"].sum() == multiply_adds(small, x[:1])
+    model.alpha = 0.5
+    sum(t.sum() for t in tree_flatten(model.train()(x))[0] if isinstance(t, torch.Tensor)).backward()
+    assert all(p.grad is not None for p in (*model.reduce.parameters(), *model.expand.parameters()))
+
+
+def test_planning_and_wrapping_leave_the_network_and_the_random_numbers_alone():
+    network = nn.Sequential(conv(2, 8), nn.BatchNorm2d(8), nn.ReLU(), conv(8, 4)).train()
+    network[1].eval()
+    network[0].requires_grad_(False)
+    before, state = copy.deepcopy(network.state_dict()), torch.get_rng_state()
+    x = torch.randn(2, 2, 8, 8)
+    state = torch.get_rng_state()
+    plan(network, 0.5, x)
+    assert torch.equal(torch.get_rng_state(), state)
+    model = ParallelModel(network, 0.5, x)
+    assert network.training and not network[1].training
+    assert all(torch.equal(before[k], v) for k, v in network.state_dict().items())
+    assert not any(p.requires_grad for p in model.network[0].parameters())
+    assert all(p.requires_grad for p in model.narrow_layers.parameters())
+    model.train_wide = False
+    model.train_wide = True
+    assert [p.requires_grad for p in model.network.parameters()] == [
+        p.requires_grad for p in network.parameters()
+    ]
+    model.alpha = 0.0
+    model.network[1].eval()
+    fold(model.double())
+    assert not model.network[1].training and model.training
+
+
+def unused(self, x):
+    x = self.a(x)
+    self.c(x)
+    return self.b(x)
+
+
+@pytest.mark.parametrize(
+    ("forward", "message"),
+    [
+        (unused, "what layer 'c' gives is not used"),
+        (lambda self, x: self.b(self.a(x).clamp_(max=1.0)), None),
+        (lambda self, *xs: self.b(self.a(xs[0])), r"takes any number of inputs; name them"),
+        (
+            lambda self, x: self.b((self.a(x) > 0).to(x.dtype)),
+            r"'gt' \(gt\) is covered by no rule.*exclude=\['a'\]",
+        ),
+        (
+            lambda self, x: self.b(self.a(x)[:, [1, 0, 3, 2, 5, 4, 7, 6]]),
+            r"picks channels by a list.*exclude=\['a'\]",
+        ),
+        (lambda self, x: self.b(self.a(x)) / self.a.in_channels**0.5 * self.b.in_channels, None),
+    ],
+)
+def test_what_is_said_of_unusual_networks(forward, message):
+    network = network_of(forward, a=conv(2, 8), b=conv(8, 4), c=conv(8, 4))
+    if message is None:
+        ParallelModel(network, 0.5, torch.randn(2, 2, 8, 8))
+    else:
+        with pytest.raises(UsageError, match=message):
+            ParallelModel(network, 0.5, torch.randn(2, 2, 8, 8))
+
+
+def test_a_fold_that_is_another_function_is_refused():
+    network = network_of(lambda self, x: self.b(self.a(x)) * self.b.in_channels, a=conv(2, 8), b=conv(8, 4))
+    model = ParallelModel(network, 0.5, torch.randn(2, 2, 8, 8))
+    model.alpha = 0.0
+    with pytest.raises(UsageError, match="the folded Small differs from the model"):
+        fold(model)

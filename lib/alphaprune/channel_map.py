@@ -15,12 +15,12 @@ class ChannelMap(nn.Module):
     Args:
         inputs, outputs: channels before and after.
         dim: where the channels lie: 1, as for a convolution, or -1, as for a linear layer.
-        outer, inner: how often the channels follow each other, and entries behind each of them, if the tensor it acts
-            on is flattened (dim -1), else 1 and 1.
+        outer, inner: how often the channels follow each other, and entries behind each of them, as behind a flatten or
+            where a map is joined with itself; else 1 and 1.
         groups: blocks of channels that are mapped each on its own.
 
     Shapes:
-        (N, inputs, ...) -> (N, outputs, ...) for dim 1;
+        (N, outer * inputs * inner, ...) -> (N, outer * outputs * inner, ...) for dim 1;
         (..., outer * inputs * inner) -> (..., outer * outputs * inner) for dim -1.
     """
 
@@ -41,12 +41,14 @@ class ChannelMap(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.dim == 1:
+        if self.dim == 1 and self.outer == self.inner == 1:
             weight = self.weight.view(*self.weight.shape, *(1,) * (x.dim() - 2))
             return _CONVOLUTIONS[x.dim()](x, weight, groups=self.groups)
         if self.outer == self.inner == 1:
             return F.linear(x, self.weight)
-        entries = x.unflatten(-1, (self.outer, -1, self.inner))
+        entries = x.unflatten(self.dim, (self.outer, -1, self.inner))
+        if self.dim == 1:
+            return torch.einsum("oc,nacb...->naob...", self.weight, entries).flatten(1, 3)
         return torch.einsum("oc,...acb->...aob", self.weight, entries).flatten(-3)
 
 
@@ -60,7 +62,7 @@ def compose(
     """The weight of `R . W . E`, differentiable in all three.
 
     Args:
-        weight: of W, (O, C / groups, ...), or (C, O / groups, ...) if transposed, or (O, outer * C * inner).
+        weight: of W, (O, C / groups, ...), or (C, O / groups, ...) if transposed, or with outer * C * inner for C.
         reduce: R, its weight (k_out, O / groups); None to leave it out.
         expand: E, its weight (C, k_in / groups); None to leave it out.
         groups, transposed: of the convolution.
@@ -76,7 +78,7 @@ def compose(
                 weight = _blocks("oc...,ck->ok...", weight, expand.weight, groups)
             else:
                 entries = weight.unflatten(1, (expand.outer, -1, expand.inner))
-                weight = torch.einsum("oacb,ck->oakb", entries, expand.weight).flatten(1)
+                weight = torch.einsum("oacb...,ck->oakb...", entries, expand.weight).flatten(1, 3)
         if reduce is not None:
             weight = _blocks("ro,o...->r...", reduce.weight, weight, groups)
         return _swap(weight, groups) if transposed else weight

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_flatten
 from alphaprune.channel_map import compose, compose_bias
 from alphaprune.errors import UsageError
 from alphaprune.graph import Mixer, attribute
+from alphaprune.modes import in_eval_mode
 from alphaprune.parallel import ParallelModel
 from alphaprune.trace import as_inputs
 
@@ -107,7 +108,7 @@ def fold(
         The folded network in eval mode, and the certificate.
 
     Raises:
-        UsageError: if alpha is not 0 and `force` is not set.
+        UsageError: if `force` is not set and alpha is not 0, or what came out is another function by far.
     """
     if model.alpha != 0 and not force:
         raise UsageError(
@@ -126,8 +127,15 @@ def fold(
     small.requires_grad_(True).eval()
     if images is None:
         device = next(small.parameters()).device
-        images = tuple(x.to(device) for x in model.example_input)
-    return small, _certify(model, small, as_inputs(images))
+        dtype = next(p.dtype for p in small.parameters() if p.is_floating_point())
+        images = tuple(x.to(device, dtype if x.is_floating_point() else None) for x in model.example_input)
+    certificate = _certify(model, small, as_inputs(images))
+    if certificate.relative > 100 * TOLERANCE.get(getattr(torch, certificate.dtype), 1e-2) and not force:
+        raise UsageError(
+            f"the folded {type(small).__name__} differs from the model ({certificate}): its forward() uses weights or numbers of "
+            "channels other than by calling layers; fold(..., force=True) gives it all the same"
+        )
+    return small, certificate
 
 
 def _fold_mixer(model: ParallelModel, small: nn.Module, m: Mixer) -> None:
@@ -171,8 +179,7 @@ def _set(network: nn.Module, name: str, values: Tensor) -> None:
 
 
 def _certify(model: ParallelModel, small: nn.Module, images: tuple[Tensor, ...]) -> Certificate:
-    was_training, was_composed = model.training, model.composed
-    model.eval()
+    was_composed = model.composed
     model.composed = False  # compare with the plain form: E, then W, then R
     found: dict[str, Tensor] = {}
     # Cloned, since an activation in place may come next.
@@ -184,19 +191,19 @@ def _certify(model: ParallelModel, small: nn.Module, images: tuple[Tensor, ...])
         if m.name != m.weight
     ]
     try:
-        output, narrow = model.run(*images)
-        folded = small(*images)
+        with in_eval_mode(model, small):
+            output, narrow = model.run(*images)
+            folded = small(*images)
     finally:
         for hook in hooks:
             hook.remove()
         model.composed = was_composed
-        model.train(was_training)
     layers = tuple(
         (name, (z - found[name]).abs().max().item(), z.abs().max().item())
         for name, z in narrow.items()
         if name in found
     )
-    return compare(tree_flatten(output)[0], tree_flatten(folded)[0], layers, len(images[0]), model.alpha)
+    return compare(tensors(output), tensors(folded), layers, len(images[0]), model.alpha)
 
 
 def compare(
@@ -220,6 +227,11 @@ def compare(
         dtype=str(outputs[0].dtype).removeprefix("torch."),
         alpha=alpha,
     )
+
+
+def tensors(output: Any) -> list[Tensor]:
+    """The tensors of floating-point numbers in what a network gives."""
+    return [t for t in tree_flatten(output)[0] if isinstance(t, Tensor) and t.is_floating_point()]
 
 
 def _agreement(outputs: list[Tensor], folded: list[Tensor]) -> float:

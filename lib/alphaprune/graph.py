@@ -10,6 +10,7 @@ cannot be narrowed, and with them all that are tied to them.
 from __future__ import annotations
 
 import difflib
+import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -198,11 +199,29 @@ class _Reader:
             except _Uncovered as why:
                 if not labelled:
                     raise UsageError(f"{describe(node, module)} {why}") from None
-                involved = torch.cat([x.flatten() for x in labelled])
-                self.uncovered.append((f"{describe(node, module)} {why}", involved))
+                self._leave(node, module, tuple(labelled), str(why))
                 self.unknown.add(node.name)
             if self.labels[node.name] is None and any(n.name in self.unknown for n in node.all_input_nodes):
                 self.unknown.add(node.name)
+
+    def _leave(self, node: fx.Node, module: nn.Module | None, labels: Any, why: str) -> None:
+        """A node that is right only if nothing of what it reads is narrowed."""
+        involved = torch.cat([x.flatten() for x in tree_flatten(labels)[0]])
+        if self._leads_to_output(node):
+            self.reasons.append((involved, "it leads to the network's output"))
+        else:
+            self.uncovered.append((f"{describe(node, module)} {why}", involved))
+
+    def _leads_to_output(self, node: fx.Node) -> bool:
+        """Whether no mixer comes behind a node."""
+        behind = [node]
+        for n in behind:
+            if n is not node and (
+                n.target in MIXING_FUNCTIONS or isinstance(self.trace.module(n), MIXING_LAYERS)
+            ):
+                return False
+            behind += [u for u in n.users if u not in behind]
+        return not isinstance(self.trace.module(node), MIXING_LAYERS)
 
     def _channelwise(self, node: fx.Node, module: nn.Module | None) -> Any:
         if isinstance(module, NORMS) or (isinstance(module, nn.PReLU) and module.num_parameters > 1):
@@ -210,7 +229,7 @@ class _Reader:
         if isinstance(module, nn.PReLU):
             return self._given(node)
         rule = rule_of(node, module)
-        if rule is None:
+        if rule is None or rule is Rule.NUMBER:  # a number has no channels, and this is a tensor
             raise _Uncovered("is covered by no rule, it may mix channels")
         apply = {
             Rule.ELEMENTWISE: self._elementwise,
@@ -218,7 +237,6 @@ class _Reader:
             Rule.REDUCTION: self._reduction,
             Rule.RESHAPING: self._reshaping,
             Rule.JOINING: self._joining,
-            Rule.NUMBER: lambda node, module: None,
         }
         return apply[rule](node, module)
 
@@ -236,8 +254,15 @@ class _Reader:
         transposed = isinstance(module, TRANSPOSED) or getattr(node.target, "__name__", "").startswith(
             "conv_tr"
         )
-        if given is not None and _varying(given) != [dim]:
-            raise _Uncovered(f"mixes dimension {dim}, the channels lie along {_varying(given)}")
+        if transposed and module is not None and (len(node.args) > 1 or node.kwargs):
+            raise UsageError(
+                f"{describe(node, module)} is called with output_size; set output_padding instead"
+            )
+        if given is not None and (isinstance(given, tuple) or _varying(given) != [dim]):
+            self._leave(
+                node, module, given, f"mixes dimension {dim}, along which the channels do not lie alone"
+            )
+            given = None
         ids_in = None if given is None else given.flatten()
         depthwise = groups > 1 and groups == value.shape[1] == self.trace.values[source.name].shape[1]
         if depthwise and ids_in is not None:
@@ -246,7 +271,9 @@ class _Reader:
             return self._channel_layer(node, module)
         reads = None if ids_in is None else _pattern(ids_in)
         if ids_in is not None and (reads is None or (groups > 1 and reads.channels != len(ids_in))):
-            raise _Uncovered("reads flattened maps of different sizes, or the same channels several times")
+            why = "reads flattened maps of different sizes, or the same channels several times"
+            self._leave(node, module, given, why)
+            ids_in = reads = None
         mixer = self.by_name.get(name)
         if mixer is not None:
             self._used_again(node, mixer, ids_in)
@@ -384,8 +411,9 @@ class _Reader:
 
     def _reduction(self, node: fx.Node, module: nn.Module | None) -> Tensor:
         given = self._given(node)
-        dims = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
-        keep = node.kwargs.get("keepdim", False) or (len(node.args) > 2 and node.args[2] is True)
+        dims = node.kwargs.get("dim", node.kwargs.get("axis", node.args[1] if len(node.args) > 1 else None))
+        dims = fx.node.map_arg(dims, lambda n: self.trace.values[n.name])
+        keep = self.trace.values[node.name].dim() == given.dim()
         dims = [dims] if isinstance(dims, int) else dims
         if dims is None or {d % given.dim() for d in dims} & {0, *_varying(given)}:
             raise _Uncovered("sums over channels or images")
@@ -396,6 +424,9 @@ class _Reader:
         source, given = node.all_input_nodes[0], self._given(node)
         if isinstance(given, tuple):  # what chunk gave
             return given[node.args[1]]
+        index = node.args[1] if node.target is operator.getitem else ()
+        if any(isinstance(i, list | Tensor) for i in (index if isinstance(index, tuple) else (index,))):
+            raise _Uncovered("picks channels by a list")
         value = self.trace.values[source.name]
         whole = given.expand(value.shape).contiguous()
         other = {n: self.trace.values[n.name] for n in node.all_input_nodes} | {source: whole}
@@ -413,7 +444,7 @@ class _Reader:
             is_split or torch.cat([p.flatten() for p in parts]).unique().numel() < given.unique().numel()
         ):
             raise _Uncovered("takes a fixed number of channels; chunk, or compute the number from x.shape")
-        if any(t.shape[0] > 1 for t in parts):
+        if given.shape[0] == 1 and any(t.shape[0] > 1 for t in parts):
             raise _Uncovered("moves channels among images")
         flat = given.flatten()
         if bool((flat.diff() == 1).all()):  # channels in one row, so blocks of them keep their meaning
@@ -426,7 +457,14 @@ class _Reader:
     def _joining(self, node: fx.Node, module: nn.Module | None) -> Tensor:
         operands = node.args[0] if node.args else node.kwargs["tensors"]
         ndim = self.trace.values[node.name].dim()
-        dim = (node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else 0)) % ndim
+        dim = (
+            node.kwargs.get("dim", node.kwargs.get("axis", node.args[1] if len(node.args) > 1 else 0)) % ndim
+        )
+        if isinstance(operands, fx.Node):  # all that a chunk gave
+            parts = self.labels[operands.name]
+            if isinstance(parts, tuple) and all(_varying(x) == [dim] for x in parts):
+                return torch.cat(parts, dim)
+            raise _Uncovered("joins parts that are not named one by one")
         labelled = [self.labels[n.name] for n in operands if self.labels[n.name] is not None]
         if all(_varying(x) == [x.dim() - ndim + dim] for x in labelled):
             parts = []
@@ -459,11 +497,15 @@ class _Reader:
                 self.reasons.append((layer.ids, "it meets no layer's channels"))
         self._fix(self.reasons, mixers)
         # What mixes by attention is named first: it says best what kind of network this is.
-        for what, ids in sorted(self.uncovered, key=lambda u: "ttention" not in u[0]):
-            involved = set(roots(ids).tolist()) - s.fixed.keys()
-            if involved:
-                names = [m.name for m in mixers if involved.intersection(roots(m.ids).tolist())]
-                raise UsageError(f"{what}; to leave what it reads as wide as it is, exclude={names[:6]}")
+        open_ends = [(what, set(roots(ids).tolist()) - s.fixed.keys()) for what, ids in self.uncovered]
+        open_ends = sorted((o for o in open_ends if o[1]), key=lambda o: "ttention" not in o[0])
+        if open_ends:
+            involved = set().union(*(ids for _, ids in open_ends))
+            names = [m.name for m in mixers if involved.intersection(roots(m.ids).tolist())]
+            more = f" (and {len(open_ends) - 1} more)" if len(open_ends) > 1 else ""
+            raise UsageError(
+                f"{open_ends[0][0]}{more}; to leave what is read there as wide as it is, exclude={names}"
+            )
         self._fix(self.reasons_behind, mixers)
         constraints = [(roots(ids), blocks) for ids, blocks in self.blocks]
         s.atoms = [a for a in atoms(constraints) if any(r not in s.fixed for r in a.tolist())]

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from alphaprune.modes import in_eval_mode
+
 
 def parameters(network: nn.Module) -> int:
     """Number of weights of a network, buffers left out."""
@@ -23,9 +25,6 @@ def multiply_adds(network: nn.Module, image: Tensor) -> int:
     Source:
         torch.utils.flop_counter, which counts a multiplication and an addition as two.
     """
-    was_training = network.training
-    network.eval()
-    with FlopCounterMode(display=False) as counter:
+    with in_eval_mode(network), FlopCounterMode(display=False) as counter:
         network(image)
-    network.train(was_training)
     return counter.get_total_flops() // 2

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from alphaprune.fold import fold
-from alphaprune.graph import Mixer
+from alphaprune.graph import Mixer, attribute
+from alphaprune.modes import in_eval_mode
 from alphaprune.parallel import ParallelModel
 from alphaprune.trace import as_inputs
 from alphaprune.widths import KeepRatio, costs
@@ -86,7 +87,8 @@ def plan(
         True
     """
     options = {"exclude": exclude, "round_to": round_to, "for_macs": for_macs, "for_params": for_params}
-    model = ParallelModel(network, keep_ratio, example_input, **options)
+    with torch.random.fork_rng():  # the branches that are made to plan with leave no trace
+        model = ParallelModel(network, keep_ratio, example_input, **options)
     milliseconds = (None, None)
     if latency:
         model.alpha = 0.0
@@ -105,18 +107,35 @@ def _table(model: ParallelModel) -> pd.DataFrame:
     table = table.join(narrow.add_suffix("_folded")).reset_index(names="layer")
     table.insert(1, "kind", [_kind(model.network, name) for name in table["layer"]])
     table["why_wide"] = [_why_wide(model, owners[name]) for name in table["layer"]]
-    ours = set(table["layer"])
-    rest = [
-        {"layer": name, "kind": type(m).__name__, "parameters": n, "parameters_folded": n, "why_wide": "not called in forward()"}
-        for name, m in model.network.named_modules()
-        if name not in ours and (n := sum(p.numel() for p in m.parameters(recurse=False)))
-        and not any(o.startswith(f"{name}.") for o in ours)
-    ]  # fmt: skip
+    counted = {id(p) for name in table["layer"] for p in _parameters_of(model.network, name)}
+    counted |= {id(attribute(model.network, n)) for m in s.mixers.values() for n in (m.weight, m.bias) if n}
+    called = {n.target for n in s.trace.nodes}
+    rest = []
+    for name, m in model.network.named_modules():
+        if n := sum(p.numel() for p in m.parameters(recurse=False) if id(p) not in counted):
+            why = "no rule narrows it" if name in called else "not called in forward() as a layer"
+            rest.append(
+                {
+                    "layer": name,
+                    "kind": type(m).__name__,
+                    "parameters": n,
+                    "parameters_folded": n,
+                    "why_wide": why,
+                }
+            )
     return (
         pd.concat([table, pd.DataFrame(rest)])
         .fillna({c: 0 for c in table if table[c].dtype.kind in "if"})
         .astype({c: int for c in table if table[c].dtype.kind in "if"})
     )
+
+
+def _parameters_of(network: nn.Module, name: str) -> list[Tensor]:
+    """Of a layer, or the parameter itself."""
+    try:
+        return list(network.get_submodule(name).parameters())
+    except AttributeError:
+        return [attribute(network, name)]
 
 
 def _kind(network: nn.Module, name: str) -> str:
@@ -139,15 +158,14 @@ def _why_wide(model: ParallelModel, owner: Any) -> str:
 @torch.no_grad()
 def _latency(network: nn.Module, small: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[float, float]:
     """Median milliseconds of each, in eval mode, alternating, after a warm-up."""
-    was_training = network.training
     times: tuple[list[float], list[float]] = ([], [])
-    for run in range(RUNS + 2):
-        for which, f in enumerate((network.eval(), small.eval())):
-            started = time.perf_counter()
-            f(*inputs)
-            if inputs[0].is_cuda:
-                torch.cuda.synchronize()
-            if run >= 2:
-                times[which].append(1000 * (time.perf_counter() - started))
-    network.train(was_training)
+    with in_eval_mode(network, small):
+        for run in range(RUNS + 2):
+            for which, f in enumerate((network, small)):
+                started = time.perf_counter()
+                f(*inputs)
+                if inputs[0].is_cuda:
+                    torch.cuda.synchronize()
+                if run >= 2:
+                    times[which].append(1000 * (time.perf_counter() - started))
     return statistics.median(times[0]), statistics.median(times[1])

@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_flatten
 
 from alphaprune.errors import UsageError
-from alphaprune.fold import Certificate, compare
+from alphaprune.fold import Certificate, compare, tensors
+from alphaprune.modes import in_eval_mode
 from alphaprune.trace import MIXING_LAYERS, Trace, as_inputs, trace
 
 ADDITIONS = {operator.add, operator.iadd, torch.add, "add", "add_"}
@@ -46,7 +46,7 @@ class SkipModel(nn.Module):
         self.in_place = [name for name, m in self.network.named_modules() if getattr(m, "inplace", False)]
         for name in self.in_place:  # what an operation in place overwrites may be the start of a shortcut
             self.network.get_submodule(name).inplace = False
-        self.trace = trace(self.network, example_input)
+        self.trace = trace(self.network, example_input, self.in_place)
         self.shortcuts = _shortcuts(self.trace)
         if not self.shortcuts:
             raise UsageError(
@@ -121,10 +121,9 @@ def remove_skips(
     for name in model.in_place:
         if name in dict(plain.named_modules()):
             plain.get_submodule(name).inplace = True
-    was_training = model.training
     inputs = as_inputs(images)
-    outputs, found = (tree_flatten(f.eval()(*inputs))[0] for f in (model, plain))
-    model.train(was_training)
+    with in_eval_mode(model):
+        outputs, found = (tensors(f(*inputs)) for f in (model, plain.eval()))
     return plain.requires_grad_(True), compare(outputs, found, (), len(inputs[0]), model.alpha)
 
 

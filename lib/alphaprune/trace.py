@@ -7,16 +7,21 @@ into it; the two must list the same nodes.
 
 from __future__ import annotations
 
+import inspect
+import operator
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn import functional as F
 from torch.utils._pytree import tree_map
 from torchvision.ops import StochasticDepth
 
 from alphaprune.errors import UsageError
+from alphaprune.modes import in_eval_mode
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -52,11 +57,14 @@ class Trace:
 
 
 class _Tracer(fx.Tracer):
+    proxy_buffer_attributes = True  # a buffer may hold a number for each channel
+
     def is_leaf_module(self, m: nn.Module, name: str) -> bool:
         """Layers are kept whole, a layer with a forward() of its own that may use its weight otherwise is not."""
         if isinstance(m, MIXING_LAYERS):
             base = next(c for c in MIXING_LAYERS if isinstance(m, c))
-            return type(m).forward is base.forward
+            same = type(m).forward is base.forward
+            return same and getattr(type(m), "_conv_forward", None) is getattr(base, "_conv_forward", None)
         return isinstance(m, (*NORMS, StochasticDepth)) or super().is_leaf_module(m, name)
 
 
@@ -65,12 +73,15 @@ def as_inputs(example: Any) -> tuple[Any, ...]:
     return tuple(example) if isinstance(example, tuple | list) else (example,)
 
 
-def trace(network: nn.Module, example_input: Tensor | tuple[Tensor, ...]) -> Trace:
+def trace(
+    network: nn.Module, example_input: Tensor | tuple[Tensor, ...], in_place: Sequence[str] = ()
+) -> Trace:
     """Trace a network and run it once on the example.
 
     Args:
         network: any module that `torch.fx` can trace. Its mode is restored.
         example_input: a batch as the network expects it, (N, C, H, W), or a tuple for several inputs.
+        in_place: names of layers that were meant to work in place, and will not.
 
     Raises:
         UsageError: naming the place, if the network cannot be traced, does something else in training mode,
@@ -78,37 +89,73 @@ def trace(network: nn.Module, example_input: Tensor | tuple[Tensor, ...]) -> Tra
     """
     inputs = as_inputs(example_input)
     _check_example(network, inputs)
-    was_training = {m: m.training for m in network.modules()}
-    try:
+    with in_eval_mode(network):
         graphs = {}
-        for training in (False, True):
+        for training in (True, False):
             network.train(training)
-            graphs[training] = _graph(network)
-        network.eval()
+            graphs[training] = _graph(network, len(inputs), in_place)
         _check_same(graphs, type(network).__name__)
         values = _run(network, graphs[False], inputs)
-    finally:
-        for module, mode in was_training.items():
-            module.training = mode
     return Trace(network, graphs, values)
 
 
-def _graph(network: nn.Module) -> fx.Graph:
+def _graph(network: nn.Module, inputs: int, in_place: Sequence[str]) -> fx.Graph:
+    given = list(inspect.signature(network.forward).parameters.values())
+    if any(p.kind is p.VAR_POSITIONAL for p in given):
+        raise UsageError(f"{type(network).__name__}.forward() takes any number of inputs; name them")
+    defaults = {p.name: p.default for p in given[inputs:] if p.default is not p.empty}
     try:
-        graph = _Tracer().trace(network)
+        graph = _Tracer().trace(network, defaults)
     except Exception as e:
         raise UsageError(
             f"{type(network).__name__} cannot be traced ({' '.join(str(e).split())[:160]}); "
             "control flow that depends on data must leave forward()"
         ) from None
+    _check_in_place(graph, in_place, type(network).__name__)
+    arguments = [n for n in graph.nodes if n.op == "placeholder"]
     for node in reversed(graph.nodes):
-        if not node.users and node.op not in ("placeholder", "output"):
-            graph.erase_node(node)
+        if "input" in node.kwargs and not node.args:  # conv(input=x)
+            node.args, node.kwargs = (
+                (node.kwargs["input"],),
+                {k: v for k, v in node.kwargs.items() if k != "input"},
+            )
+        if node.users or node.op == "output" or node in arguments[:inputs]:
+            continue
+        if (
+            node.op == "call_module"
+            and next(network.get_submodule(node.target).parameters(), None) is not None
+        ):
+            raise UsageError(f"what layer '{node.target}' gives is not used; leave the call out of forward()")
+        graph.erase_node(node)
     return graph
 
 
+def _check_in_place(graph: fx.Graph, in_place: Sequence[str], name: str) -> None:
+    """Nothing reads a tensor that was overwritten, since here nothing is."""
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    for node in graph.nodes:
+        method = node.op == "call_method" and node.target.endswith("_") and not node.target.endswith("__")
+        module = node.op == "call_module" and node.target in in_place
+        function = node.op == "call_function" and (
+            node.target in (operator.iadd, operator.isub, operator.imul, operator.itruediv, F.relu_)
+        )
+        if not (method or module or function or node.kwargs.get("inplace") is True) or not node.args:
+            continue
+        overwritten = node.args[0]
+        later = (
+            [u for u in overwritten.users if order[u] > order[node]]
+            if isinstance(overwritten, fx.Node)
+            else []
+        )
+        later = [u for u in later if not (u.op == "call_method" and u.target in ("size", "dim"))]
+        if isinstance(overwritten, fx.Node) and (later or not node.users):
+            raise UsageError(
+                f"{name} overwrites '{overwritten.name}' at '{node.name}' and goes on using it; write it without the operation in place"
+            )
+
+
 def _check_example(network: nn.Module, inputs: tuple[Any, ...]) -> None:
-    weight = next(network.parameters(), None)
+    weight = next((p for p in network.parameters() if p.is_floating_point()), None)
     for x in inputs:
         if not isinstance(x, Tensor):
             raise UsageError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -160,10 +161,12 @@ def costs(structure: Structure, widths: Widths | None = None) -> list[dict[str, 
         One row a mixer or channel layer, in order: name, in, out (channels), parameters, multiply_adds.
     """
     trace = structure.trace
+    batch = next(trace.values[n.name] for n in trace.nodes if n.op == "placeholder").shape[0]
     rows, seen = [], set()
+    own = {name for m in structure.mixers.values() for name in (m.weight, m.bias)}
     for node in trace.nodes:
         mixer, layer = structure.mixers.get(node.name), structure.channel_layers.get(node.name)
-        if mixer is None and layer is None:
+        if mixer is None and (layer is None or layer.name in own):
             continue
         owner = mixer or layer
         first, value = owner.name not in seen, trace.values[node.name]
@@ -178,10 +181,10 @@ def costs(structure: Structure, widths: Widths | None = None) -> list[dict[str, 
             n_out = len(widths.positions(mixer.ids)) if widths else len(mixer.ids)
             products = n_in * per // mixer.groups * n_out * kernel
             count = products + (n_out if mixer.bias else 0)
-            places = value.numel() // value.shape[0] // len(mixer.ids)
+            places = value.numel() // batch // len(mixer.ids)
             if mixer.transposed:  # every input place meets the kernel
                 source = trace.values[node.args[0].name]
-                places = source.numel() // source.shape[0] // source.shape[1]
+                places = source.numel() // batch // source.shape[1]
         else:
             n_in = n_out = len(widths.held_by(layer)) if widths else len(layer.ids)
             tensors = (
@@ -191,7 +194,8 @@ def costs(structure: Structure, widths: Widths | None = None) -> list[dict[str, 
             count = sum(t.numel() * n_out // len(layer.ids) for t in trainable)
             depthwise = hasattr(module, "kernel_size")
             products = n_out * math.prod(module.kernel_size) if depthwise else 0
-            places = value.numel() // value.shape[0] // value.shape[1] if depthwise else 0
+            met = trace.values[node.args[0].name] if getattr(module, "transposed", False) else value
+            places = met.numel() // batch // met.shape[1] if depthwise else 0
         rows.append(
             {
                 "name": owner.name,
@@ -254,7 +258,10 @@ def _run(structure: Structure, node: fx.Node, values: dict[str, Any]) -> Any:
         (node.args, node.kwargs), lambda n: values.get(n.name, trace.values[n.name])
     )
     try:
-        return call(node, trace.module(node), args, kwargs)
+        module = trace.module(node)
+        if module is not None and next(module.parameters(), None) is not None:
+            module = copy.deepcopy(module).to("meta")
+        return call(node, module, args, kwargs)
     except Exception as e:
         raise UsageError(
             f"{describe(node, trace.module(node))} cannot run on fewer channels, it counts on a fixed number of them "
