@@ -182,6 +182,16 @@ class Experiment:
         experiment, _, stage = name.rpartition("/")
         return self._resolve(experiment or self.settings.experiment, stage, ())
 
+    def to_fold(self) -> str:
+        """The stage that the settings' `folds` means: `best` is the experiment's recorded stage at alpha 0 with the highest
+        validation accuracy, the first of equals."""
+        if self.settings.folds != "best":
+            return self.settings.folds
+        ends = [n for n in self.stages if n.stage.alpha == 0 and self.why(n) is None]
+        if not ends:
+            raise UsageError(f"no stage of '{self.settings.experiment}' at alpha 0 is recorded yet; run it first")
+        return max(ends, key=lambda n: self.record(n.name)["metrics"]["val_accuracy"]).name
+
     def why(self, node: _Node) -> str | None:
         """Why a stage would run; None if it is recorded."""
         record = self.folder(node) / "run.json"

@@ -67,7 +67,7 @@ def load_pruned(experiment: Experiment) -> Pruned | None:
         return None
     content = json.loads(record.read_text())
     made = content["identity"], content.get("pruning_version")
-    if made != (experiment.find(experiment.settings.folds).identity, PRUNING_VERSION):
+    if made != (experiment.find(experiment.to_fold()).identity, PRUNING_VERSION):
         return None
     certificate = Certificate.from_record(content["certificate"])
     return Pruned(content["network"], certificate, pd.DataFrame(content["table"], columns=COLUMNS))
@@ -77,7 +77,7 @@ def _prune(experiment: Experiment) -> Pruned:
     s = experiment.settings
     if s.threads:
         torch.set_num_threads(s.threads)
-    model = experiment.model(s.folds)
+    model = experiment.model(experiment.to_fold())
     val = images.load(s.data).val.first(s.val_images)
     x, _ = next(images.batches(val, CERTIFIED))
     small, certificate = remove_skips(model, x) if isinstance(model, SkipModel) else fold(model, x)
@@ -92,8 +92,8 @@ def _prune(experiment: Experiment) -> Pruned:
     digest = save_tensors(folder / "weights.safetensors", small.state_dict())
     record: dict[str, Any] = {
         "experiment": s.experiment,
-        "folds": s.folds,
-        "identity": experiment.find(s.folds).identity,
+        "folds": experiment.to_fold(),
+        "identity": experiment.find(experiment.to_fold()).identity,
         "pruning_version": PRUNING_VERSION,
         "network": str(small),
         "table": rows,
@@ -108,5 +108,5 @@ def _prune(experiment: Experiment) -> Pruned:
 
 def _folder(experiment: Experiment) -> Path:
     s = experiment.settings
-    identity = experiment.find(s.folds).identity
+    identity = experiment.find(experiment.to_fold()).identity
     return experiment.root / "results" / s.preset / "stages" / s.experiment / f"folded-{identity[:8]}"

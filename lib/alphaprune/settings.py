@@ -84,7 +84,9 @@ class Settings(_Strict):
     log_every: Count
     # what to do
     stages: tuple[Stage, ...] = ()
-    folds: str | None = None  # the stage whose model is folded: `<experiment>/<stage>`
+    folds: str | None = (
+        None  # the stage whose model is folded, `<experiment>/<stage>`, or `best` of its own at alpha 0
+    )
     publish: str | None = None  # folder that the last stage's weights and records are copied to
 
     @model_validator(mode="after")
