@@ -189,7 +189,9 @@ class Experiment:
             return self.settings.folds
         ends = [n for n in self.stages if n.stage.alpha == 0 and self.why(n) is None]
         if not ends:
-            raise UsageError(f"no stage of '{self.settings.experiment}' at alpha 0 is recorded yet; run it first")
+            raise UsageError(
+                f"no stage of '{self.settings.experiment}' at alpha 0 is recorded yet; run it first"
+            )
         return max(ends, key=lambda n: self.record(n.name)["metrics"]["val_accuracy"]).name
 
     def why(self, node: _Node) -> str | None:
