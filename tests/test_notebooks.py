@@ -2,7 +2,6 @@
 
 import os
 import re
-import shutil
 import subprocess
 import time
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 import nbformat
 import pandas as pd
 import pytest
-from conftest import ROOT
+from conftest import make
 
 PAGES = (
     "pretrain",
@@ -26,27 +25,11 @@ PAGES = (
 )
 
 
-def make(folder, *arguments):
-    """Run make with the environment that runs the tests, whatever its files' times."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("MAKE")}
-    command = ["make", "--old-file=.venv/.ready", "PRESET=smoke", *arguments]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-
-
 @pytest.fixture(scope="module")
-def reproduced(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("project")
-    for name in ("notebooks", "params", "lib"):
-        shutil.copytree(
-            ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints")
-        )
-    for name in ("Makefile", "requirements.lock", "pyproject.toml"):
-        shutil.copy2(ROOT / name, folder / name)
-    (folder / "results").mkdir()
-    (folder / ".venv").symlink_to(ROOT / ".venv")
-    done = make(folder, "reproduce-figures")
+def reproduced(whole_project):
+    done = make(whole_project, "reproduce-figures")
     assert done.returncode == 0, done.stderr[-2000:]
-    return folder, done
+    return whole_project, done
 
 
 def test_everything_is_made_and_the_paths_are_named(reproduced):
