@@ -490,7 +490,7 @@ class _Reader:
                 raise UsageError(
                     f"exclude {pattern!r} matches no layer{_like(pattern, [m.name for m in mixers])}"
                 )
-            self.reasons += [(m.ids, "excluded") for m in meant]
+            self.reasons += [(m.ids, f"'{m.name}' is excluded") for m in meant]
         own = {r for m in mixers for r in roots(m.ids).tolist()}
         for layer in s.channel_layers.values():  # a parameter that never meets a mixer's channels
             if layer.is_parameter and not own.intersection(roots(layer.ids).tolist()):

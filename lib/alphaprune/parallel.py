@@ -105,7 +105,7 @@ class ParallelModel(nn.Module):
                 "remove weight norm and the like first, and the graph of an earlier backward pass"
             ) from None
         # An operation in place on what the wide program holds would change what R reads.
-        self.in_place = [name for name, m in self.network.named_modules() if getattr(m, "inplace", False)]
+        self.in_place = layers_in_place(self.network)
         for name in self.in_place:
             self.network.get_submodule(name).inplace = False
         self.example_input = tuple(x.detach() for x in as_inputs(example_input) if isinstance(x, Tensor))
@@ -355,6 +355,14 @@ class ParallelModel(nn.Module):
             own_copy = program == NARROW and layer is not None
             module = self.narrow_layers[layer.key] if own_copy else self.network.get_submodule(node.target)
         return call(node, module, args, kwargs)
+
+
+def layers_in_place(network: nn.Module) -> list[str]:
+    """Names of torch's own layers that work in place."""
+    named = network.named_modules()
+    return [
+        n for n, m in named if type(m).__module__.startswith("torch.nn.") and getattr(m, "inplace", False)
+    ]
 
 
 def narrowed(layer: nn.Module, kept: Tensor) -> nn.Module:

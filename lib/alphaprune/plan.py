@@ -147,12 +147,11 @@ def _kind(network: nn.Module, name: str) -> str:
 
 def _why_wide(model: ParallelModel, owner: Any) -> str:
     if isinstance(owner, Mixer):
-        return model.structure.why_fixed(owner) or ""
-    return (
-        ""
-        if owner.key in model.narrow_layers or owner.key in model.narrow_parameters
-        else "what it reads is wide"
-    )
+        kept, reason = model.widths.positions(owner.ids), model.structure.why_fixed(owner)
+    else:
+        narrow = owner.key in model.narrow_layers or owner.key in model.narrow_parameters
+        kept, reason = model.widths.held_by(owner), None if narrow else "what it reads is wide"
+    return reason or ("its share is all of its channels" if len(kept) == len(owner.ids) else "")
 
 
 @torch.no_grad()

@@ -145,7 +145,6 @@ def prune_bars(table: pd.DataFrame) -> Figure:
         table: a row a network, "original" in the names of those; columns network, test_accuracy (a share of 1), parameters, multiply_adds.
     """
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(max(8.6, 3.4 * len(table)), 2.9), layout="constrained")
         columns = (
             ("test_accuracy", 100, "test accuracy, %"),
             ("val_accuracy", 100, "validation accuracy, %"),
@@ -156,6 +155,7 @@ def prune_bars(table: pd.DataFrame) -> Figure:
         columns = [c for c in columns if c[0] in table]
         if "test_accuracy" in table:  # the final word; then validation is not drawn
             columns = [c for c in columns if c[0] != "val_accuracy"]
+        figure = Figure(figsize=(max(8.6, 3.2 * len(columns), 3.4 * len(table)), 2.9), layout="constrained")
         for ax, (column, factor, title) in zip(figure.subplots(1, len(columns)), columns, strict=True):
             colors = [LIGHT if "original" in name else "royalblue" for name in table["network"]]
             bars = ax.bar(table["network"], factor * table[column], color=colors, width=0.6)

@@ -20,6 +20,7 @@ from torch import Tensor, fx, nn
 from alphaprune.errors import UsageError
 from alphaprune.fold import Certificate, compare, tensors
 from alphaprune.modes import in_eval_mode
+from alphaprune.parallel import layers_in_place
 from alphaprune.trace import MIXING_LAYERS, Trace, as_inputs, trace
 
 ADDITIONS = {operator.add, operator.iadd, torch.add, "add", "add_"}
@@ -43,7 +44,7 @@ class SkipModel(nn.Module):
     def __init__(self, network: nn.Module, example_input: Tensor | tuple[Tensor, ...]):
         super().__init__()
         self.network = copy.deepcopy(network)
-        self.in_place = [name for name, m in self.network.named_modules() if getattr(m, "inplace", False)]
+        self.in_place = layers_in_place(self.network)
         for name in self.in_place:  # what an operation in place overwrites may be the start of a shortcut
             self.network.get_submodule(name).inplace = False
         self.trace = trace(self.network, example_input, self.in_place)

@@ -125,7 +125,9 @@ def _graph(network: nn.Module, inputs: int, in_place: Sequence[str]) -> fx.Graph
             node.op == "call_module"
             and next(network.get_submodule(node.target).parameters(), None) is not None
         ):
-            raise UsageError(f"what layer '{node.target}' gives is not used; leave the call out of forward()")
+            raise UsageError(
+                f"what layer '{node.target}' gives is not used; leave the call out of forward(), or set that part of the network to None"
+            )
         graph.erase_node(node)
     return graph
 
@@ -184,7 +186,7 @@ def _check_same(graphs: dict[bool, fx.Graph], name: str) -> None:
         extra = [target for op, target in listed[True] if op == "call_module" and target not in seen]
         raise UsageError(
             f"{name} computes something else in training mode{f', with {extra[0]!r}' if extra else ''}; "
-            "switch such parts off first, as in network.aux_logits = False"
+            "switch such parts off first, as in network.aux_logits = False and network.aux1 = network.aux2 = None"
         )
 
 

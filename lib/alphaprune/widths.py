@@ -149,7 +149,7 @@ def for_target(structure: Structure, share: float, cost: str, round_to: int = 1)
             high = middle
     if best is None:
         raise UsageError(
-            f"{name}={share} is out of reach: the narrowest network that keeps a channel in every layer costs more{f' ({problem})' if problem else ''}; give a larger share"
+            f"{name}={share} is out of reach: the narrowest network that keeps a channel (or round_to of them) in every layer costs more{f' ({problem})' if problem else ''}; give a larger share"
         )
     return best
 
