@@ -527,3 +527,26 @@ def test_a_fold_that_is_another_function_is_refused():
     model.alpha = 0.0
     with pytest.raises(UsageError, match="the folded Small differs from the model"):
         fold(model)
+
+
+def test_a_group_norm_across_a_concatenation_is_refused_and_the_remedy_works():
+    def forward(self, x):
+        x = self.a(x)
+        return self.c(self.n(torch.cat([x, self.b(x)], 1)))
+
+    build = lambda: network_of(  # noqa: E731
+        forward, a=conv(2, 6), b=conv(6, 10), c=conv(16, 4), n=nn.GroupNorm(4, 16)
+    )
+    with pytest.raises(UsageError, match=r"the 4 groups of 'n' would keep.*exclude=\['a', 'b'\]"):
+        parallel(build(), keep_ratio=0.34)
+    wide = network_of(
+        lambda self, x: self.d(forward(self, x)),
+        a=conv(2, 6),
+        b=conv(6, 10),
+        c=conv(16, 8),
+        d=conv(8, 4),
+        n=nn.GroupNorm(4, 16),
+    )
+    model = parallel(wide, keep_ratio=0.34, exclude=["a", "b"])
+    model.alpha = 0.0
+    assert fold(model)[1].exact

@@ -242,7 +242,13 @@ def _narrow_values(structure: Structure, kept: Tensor) -> dict[str, Any]:
             values[node.name] = _run(structure, node, values)
             _check_shape(structure, node, values[node.name])
     for mixer in {m.key: m for m in structure.mixers.values()}.values():
-        _check_groups(partial, mixer)
+        for ids in (mixer.ids, mixer.ids_in):
+            if mixer.groups > 1 and ids is not None:
+                _check_groups(partial, mixer.name, ids, mixer.groups)
+    for layer in {x.key: x for x in structure.channel_layers.values()}.values():
+        if layer.key in values and not layer.is_parameter:
+            groups = getattr(trace.network.get_submodule(layer.name), "num_groups", 1)
+            _check_groups(partial, layer.name, layer.ids, groups)
     return values
 
 
@@ -295,18 +301,16 @@ def _check_shape(structure: Structure, node: fx.Node, value: Any) -> None:
         )
 
 
-def _check_groups(widths: Widths, mixer: Mixer) -> None:
-    for ids in (mixer.ids, mixer.ids_in):
-        if mixer.groups > 1 and ids is not None:
-            size = len(ids) // mixer.groups
-            per_group = torch.bincount(widths.positions(ids) // size, minlength=mixer.groups)
-            if bool((per_group != per_group[0]).any()):
-                own = widths.structure.ties.roots(ids)
-                feeding = [
-                    m.name
-                    for m in widths.structure.mixers.values()
-                    if bool(torch.isin(widths.structure.ties.roots(m.ids), own).any())
-                ]
-                raise UsageError(
-                    f"the {mixer.groups} groups of '{mixer.name}' would keep different numbers of channels; exclude={feeding[:6]}"
-                )
+def _check_groups(widths: Widths, name: str, ids: Tensor, groups: int) -> None:
+    size = len(ids) // groups
+    per_group = torch.bincount(widths.positions(ids) // size, minlength=groups)
+    if bool((per_group != per_group[0]).any()):
+        own = widths.structure.ties.roots(ids)
+        feeding = [
+            m.name
+            for m in {m.key: m for m in widths.structure.mixers.values()}.values()
+            if bool(torch.isin(widths.structure.ties.roots(m.ids), own).any())
+        ]
+        raise UsageError(
+            f"the {groups} groups of '{name}' would keep different numbers of channels; exclude={feeding}"
+        )
