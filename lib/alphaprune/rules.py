@@ -91,6 +91,21 @@ _ARITHMETIC = [
     "where",
 ]
 _METHODS = ["float", "double", "half", "bfloat16", "to", "type_as", "clone", "contiguous", "detach"]
+_MOVING = [
+    "flatten",
+    "reshape",
+    "permute",
+    "transpose",
+    "squeeze",
+    "unsqueeze",
+    "movedim",
+    "unflatten",
+    "chunk",
+    "split",
+    "unbind",
+    "swapaxes",
+    "narrow",
+]
 _DROPOUTS = ["dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout"]
 _POOLS = [
     f"{adaptive}{kind}_pool{d}d"
@@ -115,24 +130,7 @@ FUNCTIONS: dict[Rule, set[object]] = {
     | _of(torch, _POOLS)
     | _of(F, ["interpolate", "pad", "upsample", "lp_pool1d", "lp_pool2d"]),
     Rule.REDUCTION: _of(torch, ["mean", "sum", "amax", "amin", "var", "std"]),
-    Rule.RESHAPING: _of(
-        torch,
-        [
-            "flatten",
-            "reshape",
-            "permute",
-            "transpose",
-            "squeeze",
-            "unsqueeze",
-            "movedim",
-            "unflatten",
-            "chunk",
-            "split",
-            "unbind",
-            "swapaxes",
-            "narrow",
-        ],
-    )
+    Rule.RESHAPING: _of(torch, _MOVING)
     | _of(F, ["pixel_shuffle", "pixel_unshuffle", "channel_shuffle"])
     | {operator.getitem},
     Rule.JOINING: _of(torch, ["cat", "concat", "concatenate"]),
@@ -148,28 +146,7 @@ METHODS: dict[Rule, set[str]] = {
         *(f"{n}_" for n in (*_ACTIVATIONS, *_ARITHMETIC)),
     },
     Rule.REDUCTION: {"mean", "sum", "amax", "amin", "var", "std"},
-    Rule.RESHAPING: set(
-        [
-            "flatten",
-            "reshape",
-            "view",
-            "permute",
-            "transpose",
-            "squeeze",
-            "unsqueeze",
-            "movedim",
-            "unflatten",
-            "chunk",
-            "split",
-            "unbind",
-            "expand",
-            "swapaxes",
-            "narrow",
-            "view_as",
-            "reshape_as",
-            "expand_as",
-        ]
-    ),
+    Rule.RESHAPING: {*_MOVING, "view", "expand", "view_as", "reshape_as", "expand_as"},
     Rule.NUMBER: {"size", "dim", "numel", "item", "ndimension"},
 }
 
