@@ -29,7 +29,7 @@ from alphaprune.channel_map import ChannelMap, compose, compose_bias
 from alphaprune.errors import UsageError
 from alphaprune.graph import ChannelLayer, Mixer, attribute, read
 from alphaprune.modes import in_eval_mode
-from alphaprune.trace import as_inputs, trace
+from alphaprune.trace import as_inputs, layers_in_place, trace
 from alphaprune.widths import KeepRatio, call, choose, for_target, is_narrow
 
 # Part of the identity of every stage with branches. Raise it when their names or their start change.
@@ -355,14 +355,6 @@ class ParallelModel(nn.Module):
             own_copy = program == NARROW and layer is not None
             module = self.narrow_layers[layer.key] if own_copy else self.network.get_submodule(node.target)
         return call(node, module, args, kwargs)
-
-
-def layers_in_place(network: nn.Module) -> list[str]:
-    """Names of torch's own layers that work in place."""
-    named = network.named_modules()
-    return [
-        n for n, m in named if type(m).__module__.startswith("torch.nn.") and getattr(m, "inplace", False)
-    ]
 
 
 def narrowed(layer: nn.Module, kept: Tensor) -> nn.Module:

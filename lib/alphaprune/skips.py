@@ -20,8 +20,7 @@ from torch import Tensor, fx, nn
 from alphaprune.errors import UsageError
 from alphaprune.fold import Certificate, compare, tensors
 from alphaprune.modes import in_eval_mode
-from alphaprune.parallel import layers_in_place
-from alphaprune.trace import MIXING_LAYERS, Trace, as_inputs, trace
+from alphaprune.trace import MIXING_LAYERS, Trace, as_inputs, layers_in_place, trace
 
 ADDITIONS = {operator.add, operator.iadd, torch.add, "add", "add_"}
 

@@ -73,6 +73,14 @@ def as_inputs(example: Any) -> tuple[Any, ...]:
     return tuple(example) if isinstance(example, tuple | list) else (example,)
 
 
+def layers_in_place(network: nn.Module) -> list[str]:
+    """Names of torch's own layers that work in place."""
+    named = network.named_modules()
+    return [
+        n for n, m in named if type(m).__module__.startswith("torch.nn.") and getattr(m, "inplace", False)
+    ]
+
+
 def trace(
     network: nn.Module, example_input: Tensor | tuple[Tensor, ...], in_place: Sequence[str] = ()
 ) -> Trace:
