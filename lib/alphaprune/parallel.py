@@ -17,8 +17,9 @@ in the border it is not, and no single convolution does that.
 from __future__ import annotations
 
 import copy
+from collections import ChainMap
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, fx, nn
@@ -28,13 +29,16 @@ from torch.utils._pytree import tree_flatten
 from alphaprune.channel_map import ChannelMap, compose, compose_bias
 from alphaprune.errors import UsageError
 from alphaprune.graph import ChannelLayer, Mixer, attribute, read
+from alphaprune.initialise import Init, fit_branches, put_back
 from alphaprune.modes import in_eval_mode
+from alphaprune.selection import select
 from alphaprune.trace import as_inputs, layers_in_place, trace
 from alphaprune.widths import KeepRatio, call, choose, for_target, is_narrow
 
 # Part of the identity of every stage with branches. Raise it when their names or their start change.
 BRANCHES_VERSION = 2
 WIDE, NARROW = "wide", "narrow"
+INITIAL_BATCH = 100  # images at once while the branches are fitted
 _TRANSPOSED = {3: F.conv_transpose1d, 4: F.conv_transpose2d, 5: F.conv_transpose3d}
 
 
@@ -52,6 +56,10 @@ class ParallelModel(nn.Module):
         round_to: k is rounded down to a multiple of this, to one multiple at least.
         for_macs, for_params: instead of keep_ratio, the share of the original's multiply-adds or parameters, in
             (0, 1), that the folded network may have; the largest ratio that keeps to it is found.
+        init: what the branches start from: "random", the report's way; "select", where R takes the channels that are
+            worth most and E gives them back; "least_squares", where E gives all channels as well as a linear map can.
+        images: inputs as in training, (N, C, H, W), or a tuple for several inputs: a few thousand small ones. "select" goes
+            by them where given, else by the size of the weights; "least_squares" needs them.
 
     Attributes:
         keep_ratio: as given or found.
@@ -61,6 +69,7 @@ class ParallelModel(nn.Module):
             the batches in training mode either way.
         composed: whether products like R.W.E are formed before they meet the images (True). The function is the
             same; False is slower and there to compare with.
+        least_squares: by layer name what least squares did not reach, see `initialise.fit_branches`; None where nothing was fitted.
         structure, widths: which channels are tied and why some stay (see `graph`), and how many are left.
 
     Raises:
@@ -87,6 +96,8 @@ class ParallelModel(nn.Module):
         round_to: int = 1,
         for_macs: float | None = None,
         for_params: float | None = None,
+        init: Init = "random",
+        images: Tensor | tuple[Tensor, ...] | None = None,
     ):
         super().__init__()
         if isinstance(network, ParallelModel):
@@ -117,6 +128,9 @@ class ParallelModel(nn.Module):
         else:
             self.keep_ratio = 0.34375 if keep_ratio is None else keep_ratio
             self.widths = choose(self.structure, self.keep_ratio, round_to)
+        batches = _check_init(init, images)
+        if init != "random":
+            self.widths = select(self.widths, batches)
         self._narrow = self._narrow_nodes()
 
         self.reduce, self.expand, self.narrow_layers = nn.ModuleDict(), nn.ModuleDict(), nn.ModuleDict()
@@ -125,13 +139,16 @@ class ParallelModel(nn.Module):
             self._add_branches(m)
         for layer in {x.key: x for x in self.structure.channel_layers.values()}.values():
             if layer.key in self._narrow:
-                self._add_copy(layer)
+                self._add_copy(layer, init)
         # What the network's owner has frozen stays so.
         self._frozen = {n for n, p in self.network.named_parameters() if not p.requires_grad}
         self.composed = True
         self.train_wide = True
         self.alpha = 1.0
         self._check_same_function(network)
+        if init != "random":
+            put_back(self)
+        self.least_squares = fit_branches(self, batches) if init == "least_squares" else None
 
     @property
     def mixers(self) -> list[Mixer]:
@@ -170,11 +187,11 @@ class ParallelModel(nn.Module):
                     weight[row], weight[:, column] = 0, 0
                     weight[row, column] = 1
 
-    def _add_copy(self, layer: ChannelLayer) -> None:
+    def _add_copy(self, layer: ChannelLayer, init: Init) -> None:
         kept = self.widths.held_by(layer)
         if not layer.is_parameter:
             narrow = narrowed(self.network.get_submodule(layer.name), kept)
-            if hasattr(narrow, "reset_parameters"):
+            if init == "random" and hasattr(narrow, "reset_parameters"):
                 narrow.reset_parameters()
             self.narrow_layers[layer.key] = narrow.requires_grad_(True)
         else:
@@ -286,7 +303,9 @@ class ParallelModel(nn.Module):
             else:
                 for program in (WIDE, NARROW):
                     if (node.name, program) in self._live:
-                        values[program][node.name] = self._channelwise(node, program, values)
+                        narrow = program == NARROW
+                        before = ChainMap(values[NARROW], values[WIDE]) if narrow else values[WIDE]
+                        values[program][node.name] = self.channelwise(node, before, narrow)
         raise AssertionError("a traced graph ends with an output node")
 
     def _mix(self, node: fx.Node, m: Mixer, values: dict[str, dict[str, Any]]) -> None:
@@ -317,13 +336,13 @@ class ParallelModel(nn.Module):
         weight = compose(
             weight, reduce if merge_reduce else None, expand if merge_expand else None, m.groups, m.transposed
         )
-        z = self._call_mixer(node, x, weight, compose_bias(bias, reduce) if merge_reduce else bias)
+        z = self.call_mixer(node, x, weight, compose_bias(bias, reduce) if merge_reduce else bias)
         if to_wide:
             wide[node.name] = z
         if to_narrow:
             narrow[node.name] = z if merge_reduce else reduce(z)
 
-    def _call_mixer(self, node: fx.Node, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def call_mixer(self, node: fx.Node, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """A mixing layer, or a function, with these weights in place of its own."""
         if node.op == "call_function":
             args = (x, weight, bias, *node.args[3:])
@@ -338,23 +357,29 @@ class ParallelModel(nn.Module):
             x, weight, bias, layer.stride, layer.padding, layer.output_padding, layer.groups, layer.dilation
         )
 
-    def _channelwise(self, node: fx.Node, program: str, values: dict[str, dict[str, Any]]) -> Any:
-        def value(n: fx.Node) -> Any:
-            return values[NARROW if program == NARROW and n.name in self._narrow else WIDE][n.name]
-
+    def channelwise(self, node: fx.Node, values: Mapping[str, Any], narrow: bool) -> Any:
+        """A node that is no mixer, run on what `values` holds of those before it, with the narrow copies or without."""
         layer = self.structure.channel_layers.get(node.name)
         if node.op == "get_attr":
-            return (
-                self.narrow_parameters[layer.key]
-                if program == NARROW
-                else attribute(self.network, node.target)
-            )
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), value)
+            own = narrow and layer is not None and layer.key in self.narrow_parameters
+            return self.narrow_parameters[layer.key] if own else attribute(self.network, node.target)
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: values[n.name])
         module = None
         if node.op == "call_module":
-            own_copy = program == NARROW and layer is not None
-            module = self.narrow_layers[layer.key] if own_copy else self.network.get_submodule(node.target)
+            own = narrow and layer is not None and layer.key in self.narrow_layers
+            module = self.narrow_layers[layer.key] if own else self.network.get_submodule(node.target)
         return call(node, module, args, kwargs)
+
+
+def _check_init(init: str, images: Tensor | tuple[Tensor, ...] | None) -> list[tuple[Tensor, ...]] | None:
+    """The images in batches, None if there are none."""
+    if init not in get_args(Init):
+        raise UsageError(f"init is {init!r}; use {', '.join(get_args(Init))}")
+    if init == "least_squares" and images is None:
+        raise UsageError("init='least_squares' needs images; pass a few thousand of the training images")
+    if images is None:
+        return None
+    return list(zip(*(x.detach().split(INITIAL_BATCH) for x in as_inputs(images)), strict=True))
 
 
 def narrowed(layer: nn.Module, kept: Tensor) -> nn.Module:

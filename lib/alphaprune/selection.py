@@ -1,0 +1,146 @@
+"""Which channels stay: those from which the others can be told best.
+
+Channels that are tied stay or go together, so they are chosen a tied group at a time. Where images are given, a
+channel is worth what it explains of all that the mixers read: with G = X^T X of a mixer's input X (places, C) and what the
+channels chosen so far explain taken off, channel j explains
+
+    sum_i G_ij^2 / G_jj
+
+of the rest; the one that explains most is chosen, its share is taken off G, and so on. That is a pivoted Cholesky
+factorisation whose pivot is chosen by column (Farahat et al., "Efficient greedy feature selection for
+unsupervised learning", 2013). Without images, a channel is worth the mean absolute weight of the filters that make it
+(Li et al., "Pruning filters for efficient ConvNets", 2017).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import replace
+
+import torch
+from torch import Tensor, fx
+
+from alphaprune.graph import Mixer, Structure, attribute
+from alphaprune.modes import in_eval_mode
+from alphaprune.widths import Widths
+
+Inputs = tuple[Tensor, ...]
+
+
+def select(widths: Widths, batches: Iterable[Inputs] | None = None) -> Widths:
+    """As many channels of every tied group as `widths` keeps, but those worth most.
+
+    Args:
+        widths: how many channels stay.
+        batches: inputs of the network; None to go by the weights.
+    """
+    s = widths.structure
+    worth = _by_weights(s) if batches is None else None
+    seen_by = {} if batches is None else _second_moments(s, batches)
+    kept = widths.kept.clone()
+    for atom in s.atoms:
+        k = int(widths.kept[atom].sum())
+        if worth is None:
+            chosen = _greedy(_blocks(s, atom, seen_by), k)
+        else:
+            chosen = torch.tensor([worth[r] for r in atom.tolist()]).topk(k).indices
+        roots = atom[chosen]
+        dropped = atom[torch.isin(atom, roots, invert=True)]
+        of_each = s.ties.roots(s.ties.all)
+        kept[torch.isin(of_each, roots)], kept[torch.isin(of_each, dropped)] = True, False
+    return replace(widths, kept=kept)
+
+
+def rows(x: Tensor, mixer: Mixer, channels: int) -> Tensor:
+    """What a mixer reads as rows of channels, one a place: (N, outer * C * inner, ...) -> (places, C)."""
+    p = mixer.reads
+    entries = x.movedim(mixer.dim, -1).unflatten(-1, (p.outer, channels, p.inner))
+    return entries.movedim(-2, -1).reshape(-1, channels)
+
+
+def _second_moments(s: Structure, batches: Iterable[Inputs]) -> dict[str, Tensor]:
+    """X^T X of what each mixer reads that is narrowed, (C, C), by the mixer's key."""
+    readers = defaultdict(list)
+    for m in {m.key: m for m in s.mixers.values()}.values():
+        if m.reads is not None and not s.is_fixed(m.ids_in):
+            readers[m.source].append(m)
+    sums: dict[str, Tensor] = {}
+
+    class Observer(fx.Interpreter):
+        def run_node(self, node: fx.Node) -> Tensor:
+            value = super().run_node(node)
+            for m in readers[node.name]:
+                x = rows(value, m, m.reads.channels)
+                sums[m.key] = sums.get(m.key, 0) + (x.T @ x).double()
+            return value
+
+    network = s.trace.network
+    with torch.no_grad(), in_eval_mode(network):
+        observer = Observer(fx.GraphModule(network, s.trace.graphs[False]))
+        for inputs in batches:
+            observer.run(*inputs)
+    return sums
+
+
+def _blocks(s: Structure, atom: Tensor, seen_by: dict[str, Tensor]) -> list[Tensor]:
+    """For each mixer that reads channels of a tied group, their second moments, (n, n), with trace 1.
+
+    A channel that a mixer reads several times, as after a concatenation with itself, counts once for each.
+    """
+    place = {r: i for i, r in enumerate(atom.tolist())}
+    found = []
+    for m in {m.key: m for m in s.mixers.values()}.values():
+        if m.key not in seen_by:
+            continue
+        p = m.reads
+        roots = s.ties.roots(m.ids_in).view(p.outer, p.channels, p.inner)[0, :, 0].tolist()
+        times: dict[int, list[int]] = defaultdict(
+            list
+        )  # places in the mixer's input, by how often met before
+        met: dict[int, int] = defaultdict(int)
+        for i, r in enumerate(roots):
+            if r in place:
+                times[met[r]].append(i)
+                met[r] += 1
+        for there in times.values():
+            here = torch.tensor([place[roots[i]] for i in there])
+            block = torch.zeros(len(atom), len(atom), dtype=torch.float64)
+            own = torch.tensor(there)
+            block[here[:, None], here] = seen_by[m.key].cpu()[own[:, None], own]
+            trace = block.diagonal().sum()
+            if trace > 0:
+                found.append(block / trace)
+    return found
+
+
+def _greedy(blocks: list[Tensor], k: int) -> Tensor:
+    """The k channels that explain most, one after the other; the first ones where nothing is read."""
+    if not blocks:
+        return torch.arange(k)
+    left = torch.stack(blocks)  # (mixers, n, n): what is not explained yet
+    chosen: list[int] = []
+    for _ in range(k):
+        own = left.diagonal(dim1=1, dim2=2).clamp_min(
+            1e-12
+        )  # a channel that is explained already adds nothing
+        gain = (left.square().sum(1) / own).sum(0)
+        gain[chosen] = -1
+        best = int(gain.argmax())
+        column = left[:, :, best]
+        left = left - column[:, :, None] * column[:, None, :] / own[:, best, None, None]
+        chosen.append(best)
+    return torch.tensor(chosen)
+
+
+def _by_weights(s: Structure) -> dict[int, float]:
+    """By root: the mean absolute weight of its filters, as a share of that of its layers' filters."""
+    worth: dict[int, float] = defaultdict(float)
+    for m in {m.key: m for m in s.mixers.values()}.values():
+        weight = attribute(s.trace.network, m.weight).detach()
+        if m.transposed:  # (in, out / groups, ...)
+            weight = weight.unflatten(0, (m.groups, -1)).transpose(1, 2).flatten(0, 1)
+        size = weight.flatten(1).abs().mean(1).double()
+        for r, w in zip(s.ties.roots(m.ids).tolist(), (size / size.mean()).tolist(), strict=True):
+            worth[r] += w
+    return worth
