@@ -7,10 +7,12 @@ import pytest
 import torch
 import yaml
 
-from alphaprune import UsageError, fold
+from alphaprune import UsageError, data, fold
 from alphaprune.experiment import COLUMNS, Experiment
+from alphaprune.measure import parameters
 from alphaprune.prune import load_pruned, prune
 from alphaprune.results import Results
+from alphaprune.train import evaluate
 
 
 @pytest.fixture
@@ -214,3 +216,58 @@ def test_a_first_epoch_that_diverges_is_not_scored_with_what_it_began_with(small
     ]
     assert record["outcome"]["diverged"]
     assert record["metrics"]["val_accuracy"] == accuracy["value"].iloc[-1]
+
+
+def stages_of(project, stages, **changed):
+    file = project / "params" / "smoke" / "fig4.yaml"
+    file.write_text(yaml.safe_dump({"title": "t", "stages": stages, **changed}))
+
+
+def test_narrow_networks_are_folded_or_begun_otherwise_and_train_on_plain(small):
+    stages = [
+        {"name": "blend", "alpha": 0.5, "lr": 0.01, "from": "base", "alongside": 0.5, "order": "front"},
+        {"name": "after", "lr": 0.01, "from": "blend", "narrow": "fold"},
+        {"name": "more", "lr": 0.01, "from": "after", "distill": 0.9},
+        {"name": "at-once", "lr": 0.01, "from": "base", "narrow": "fold"},
+        {"name": "scratch", "lr": 0.01, "from": "base", "narrow": "scratch"},
+        {"name": "l1", "lr": 0.01, "from": "base", "narrow": "torch-pruning-l1"},
+        {"name": "l2", "lr": 0.01, "from": "base", "narrow": "torch-pruning-l2"},
+        {"name": "bn", "lr": 0.01, "from": "base", "narrow": "torch-pruning-bn"},
+    ]
+    stages_of(small, stages, init="least_squares", init_images=100)
+    experiment, history, _ = run(small)
+    # What `after` begins with is what `blend` would have scored if folded.
+    first = history[
+        (history["stage"] == "after") & (history["metric"] == "accuracy") & (history["epoch"] == 0)
+    ]
+    assert first["value"].item() == experiment.record("blend")["metrics"]["fold_now"]
+    running = history[history["metric"] == "fold_now_running"]
+    assert set(running["stage"]) == {"blend"} and set(running["epoch"]) == {0, 1}
+    sizes = {
+        name: parameters(experiment.model(name))
+        for name in ("after", "more", "at-once", "scratch", "l1", "bn")
+    }
+    assert len(set(sizes.values())) == 1
+    for name in ("more", "l2"):  # what is loaded is what was trained
+        network, val = experiment.model(name), data.load("sample").val.first(experiment.settings.val_images)
+        best = experiment.record(name)["outcome"]["best_accuracy"]
+        assert evaluate(network, val)[1] == best
+    other = Experiment("smoke", "fig4", small, init="select")
+    assert all(a.identity != b.identity for a, b in zip(experiment.stages, other.stages, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("stages", "message"),
+    [
+        ([{"alpha": 0.5, "lr": 0.1, "from": "base", "narrow": "fold"}], "narrow gives a plain network, which has no alpha"),
+        ([{"lr": 0.1, "from": "base", "alongside": 1.0}], "belong to branches; give an alpha"),
+        ([{"name": "a", "lr": 0.1, "from": "base", "narrow": "fold"}, {"alpha": 0.5, "lr": 0.1, "from": "a"}], "is narrow already"),
+        ([{"name": "a", "alpha": 0.5, "lr": 0.1, "from": "base"}, {"lr": 0.1, "from": "a", "narrow": "scratch"}], "needs `from: base`"),
+        ([{"name": "a", "alpha": 0.5, "lr": 0.1, "from": "base"}, {"lr": 0.1, "from": "a"}], "give it an alpha, or narrow: fold"),
+    ],
+    ids=lambda x: x[:20] if isinstance(x, str) else "",
+)  # fmt: skip
+def test_narrow_stages_that_make_no_sense_are_refused(small, stages, message):
+    stages_of(small, stages)
+    with pytest.raises(UsageError, match=message):
+        Experiment("smoke", "fig4", small)

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from alphaprune import UsageError
-from alphaprune.schedule import THRESHOLD, alphas
+from alphaprune.schedule import THRESHOLD, alphas, staggered
 
 
 def test_step_of_a_tenth_is_the_reports_figure_4():
@@ -31,6 +31,7 @@ def test_a_listed_schedule_is_taken_as_it_is():
         st.tuples(st.just("step"), st.floats(0.01, 1)),
         st.tuples(st.just("multiplicative"), st.floats(0.01, 0.99)),
         st.tuples(st.just("exponential"), st.floats(0.01, 50)),
+        st.tuples(st.just("cosine"), st.integers(1, 60)),
     ),
     st.floats(0.001, 0.9),
 )
@@ -50,3 +51,23 @@ def test_schedules_fall_strictly_from_1_to_0_and_skip_what_is_below_the_threshol
 def test_what_leads_nowhere_is_refused(kind, by, threshold):
     with pytest.raises(UsageError):
         alphas(kind, by, threshold)
+
+
+@given(
+    st.lists(st.floats(0, 1), min_size=2, max_size=20), st.integers(1, 30), st.sampled_from(["front", "back"])
+)
+def test_staggered_layers_fall_one_after_the_other_and_never_rise(alphas, layers, order):
+    before = [1.0] * layers
+    for alpha in sorted(alphas, reverse=True):
+        values = staggered(alpha, layers, order)
+        assert len(values) == layers and all(0 <= v <= b for v, b in zip(values, before, strict=True))
+        assert values == sorted(values, reverse=order == "back")
+        assert staggered(alpha, layers, "together") == [alpha] * layers
+        before = values
+    assert staggered(1.0, layers, order) == [1.0] * layers
+    assert staggered(0.0, layers, order) == [0.0] * layers
+
+
+@pytest.mark.parametrize("order", ["front", "back"])
+def test_staggered_is_in_the_middle_of_the_way_at_one_half(order):
+    assert staggered(0.5, 3, order) == ([0.0, 0.5, 1.0] if order == "front" else [1.0, 0.5, 0.0])

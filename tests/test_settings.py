@@ -91,7 +91,7 @@ BAD = {
     "stage a word": ({"stages": ["fig4"]}, r"stages\.0 is 'fig4'"),
     "name with a path": ({"stages": [STAGE | {"name": "../../x"}]}, r"stages\.0\.name"),
     "stage twice": ({"stages": STAGES * 2}, r"'a0\.5-lr0\.001' stands twice"),
-    "schedule unknown": ({"stages": [{"schedule": "cosine", "by": 0.1, "lr": 0.1, "from": "base"}]}, r"stages\.0\.schedule"),
+    "schedule unknown": ({"stages": [{"schedule": "sawtooth", "by": 0.1, "lr": 0.1, "from": "base"}]}, r"stages\.0\.schedule"),
     "schedule of nothing": ({"stages": [{"schedule": "listed", "by": [], "lr": 0.1, "from": "base"}]}, r"fig4\.yaml: stages\.0\.by: a listed schedule needs"),
     "schedule by 0": ({"stages": [{"schedule": "step", "by": 0, "lr": 0.1, "from": "base"}]}, r"stages\.0\.by"),
     "nothing trains": ({"stages": [STAGE | {"alpha": 1.0, "train_wide": False}]}, r"trains nothing"),

@@ -25,10 +25,13 @@ from torch import nn
 
 from alphaprune import data as images
 from alphaprune.errors import UsageError
+from alphaprune.fold import fold
 from alphaprune.models import NETWORKS
+from alphaprune.narrowing import from_scratch, torch_pruning
 from alphaprune.parallel import BRANCHES_VERSION, ParallelModel
 from alphaprune.progress import Progress
 from alphaprune.provenance import provenance
+from alphaprune.schedule import staggered
 from alphaprune.settings import Settings, Stage, given_parameters, load_settings, project_root
 from alphaprune.skips import SkipModel
 from alphaprune.storage import load_tensors, save_tensors, write_bytes, write_json
@@ -41,6 +44,8 @@ from alphaprune.train import (
     fit,
 )
 
+# Part of the identity of every stage whose network is plain and narrow. Raise it when what it begins with changes.
+NARROWING_VERSION = 1
 SCRATCH, BASE = "scratch", "base"
 COLUMNS = ["experiment", "stage", "alpha", "lr", "step", "epoch", "split", "metric", "value"]
 
@@ -57,6 +62,16 @@ class _Node:
     @property
     def name(self) -> str:
         return f"{self.settings.experiment}/{self.stage.name}"
+
+    @property
+    def narrowed_at(self) -> _Node | None:
+        """This stage or the one before that made the network a plain narrow one; None while it has not been."""
+        node: _Node | str = self
+        while isinstance(node, _Node):
+            if node.stage.narrow:
+                return node
+            node = node.parent
+        return None
 
     @property
     def key(self) -> str:
@@ -128,13 +143,19 @@ class Experiment:
 
     @staticmethod
     def _check_descent(name: str, settings: Settings, stage: Stage, parent: _Node | str) -> None:
+        if stage.narrow and stage.narrow != "fold" and parent != BASE:
+            raise UsageError(f"stage '{name}': narrow: {stage.narrow} needs `from: base`")
         if not isinstance(parent, _Node):
             return
-        if stage.alpha is None and parent.stage.alpha is not None:
+        if parent.narrowed_at and (stage.alpha is not None or stage.narrow):
             raise UsageError(
-                f"stage '{name}' has no alpha, but '{parent.name}', which it starts from, has branches; give it an alpha"
+                f"stage '{name}' starts from '{parent.name}', which is narrow already; train it plain"
             )
-        for key in ("network", "width", "keep_ratio", "anneal"):
+        if stage.alpha is None and parent.stage.alpha is not None and stage.narrow != "fold":
+            raise UsageError(
+                f"stage '{name}' has no alpha, but '{parent.name}', which it starts from, has branches; give it an alpha, or narrow: fold"
+            )
+        for key in ("network", "width", "keep_ratio", "anneal", "init"):
             own, its = getattr(settings, key), getattr(parent.settings, key)
             if own != its:
                 raise UsageError(
@@ -143,6 +164,8 @@ class Experiment:
 
     def _identity(self, settings: Settings, stage: Stage, parent: _Node | str) -> str:
         """A hash of everything that determines the stage's result; hardware and colours do not."""
+        branches = stage.alpha is not None
+        narrow = stage.narrow or (isinstance(parent, _Node) and parent.narrowed_at)
         if isinstance(parent, _Node):
             origin = parent.identity
         else:
@@ -150,18 +173,26 @@ class Experiment:
         determines = {
             "training_version": TRAINING_VERSION,
             "experiment": settings.experiment,
-            "stage": stage.model_dump(exclude={"color", "parent"}),
+            "stage": stage.determines(),
             "parent": origin,
             "recipe": asdict(settings.recipe(stage)),
             "network": {
                 f"{settings.network}_width": settings.width,
-                "keep_ratio": None if stage.alpha is None else settings.keep_ratio,
-                **({} if stage.alpha is None else {"anneal": settings.anneal, "branches": BRANCHES_VERSION}),
+                "keep_ratio": settings.keep_ratio if branches or narrow else None,
+                **({"anneal": settings.anneal, "branches": BRANCHES_VERSION} if branches else {}),
+                **({"narrowing": NARROWING_VERSION} if narrow else {}),
+                **(self._init_identity(settings) if branches or narrow else {}),
             },
             "data": [self._checksum, settings.train_images, settings.val_images],
             "seed": settings.seed,
         }
         return hashlib.sha256(json.dumps(determines, sort_keys=True).encode()).hexdigest()
+
+    @staticmethod
+    def _init_identity(settings: Settings) -> dict[str, Any]:
+        if settings.init == "random":
+            return {}
+        return {"init": settings.init, "init_images": settings.init_images}
 
     def _base_digest(self, settings: Settings) -> str:
         beside = self.root / f"{settings.base}.sha256"
@@ -260,13 +291,27 @@ class Experiment:
         checkpoint = folder / "resume.safetensors"
         val = data.val.first(s.val_images)
         train = data.train.first(s.train_images)
-        outcome = fit(model, train, val, s.recipe(stage), node.key, checkpoint, progress.epoch)
+        objective = stage.objective()
+        teacher = self._pretrained(s) if objective.needs_teacher else None
+
+        def fold_now() -> float:
+            """What the network would score if it were folded at this moment."""
+            alpha, model.alpha = model.alpha, 0.0
+            accuracy = evaluate(model, val, accelerator=accelerator_for_this_machine())[1]
+            model.alpha = alpha
+            return accuracy
+
+        def measure(epoch: int) -> dict[str, float]:
+            due = stage.alpha is not None and epoch % s.fold_now_every == 0
+            return {"fold_now_running": fold_now()} if due else {}
+
+        recipe = s.recipe(stage)
+        outcome = fit(
+            model, train, val, recipe, node.key, checkpoint, progress.epoch, objective, teacher, measure
+        )
         metrics = {"val_accuracy": outcome.reached}
         if stage.alpha is not None:
-            # What the network would score if it were folded at this moment.
-            model.alpha = 0.0
-            metrics["fold_now"] = evaluate(model, val, accelerator=accelerator_for_this_machine())[1]
-            model.alpha = stage.alpha
+            metrics["fold_now"] = fold_now()
             last = {"step": outcome.steps, "epoch": outcome.epochs, "split": "val"}
             outcome.history.append(last | {"metric": "fold_now", "value": metrics["fold_now"]})
         digest = save_tensors(folder / "weights.safetensors", model.state_dict())
@@ -282,18 +327,48 @@ class Experiment:
 
     def _start(self, node: _Node) -> nn.Module:
         """The model a stage trains, with the weights it starts from."""
+        if node.narrowed_at:
+            model = self._narrow(node.narrowed_at)
+            if node.narrowed_at is not node:
+                model.load_state_dict(load_tensors(self.folder(node.parent) / "weights.safetensors")[0])
+            return model
         if isinstance(node.parent, _Node) and node.parent.stage.alpha is not None:
             model = self._parallel(node)
             model.load_state_dict(load_tensors(self.folder(node.parent) / "weights.safetensors")[0])
         elif node.stage.alpha is None:
             model = self._network(node)
         else:
-            model = self._parallel(node)
+            model = self._parallel(node, fitted=True)
         if node.stage.alpha is not None:
-            model.alpha = node.stage.alpha
+            self._set_alpha(model, node)
         if isinstance(model, ParallelModel):
             model.train_wide = node.stage.train_wide
+            model.hold_batchnorm = node.stage.hold_batchnorm
         return model
+
+    @staticmethod
+    def _set_alpha(model: ParallelModel | SkipModel, node: _Node) -> None:
+        alpha, order = node.stage.alpha, node.stage.order
+        model.alpha = alpha if order == "together" else staggered(alpha, len(model.expand), order)
+
+    def _narrow(self, node: _Node) -> nn.Module:
+        """The plain narrow network that a stage with `narrow` begins with."""
+        s, how = node.settings, node.stage.narrow
+        torch.manual_seed(derive_seed(node.key, 0))
+        if how.startswith("torch-pruning"):
+            return torch_pruning(
+                self._pretrained(s), s.keep_ratio, how.rpartition("-")[2], self.example_image()
+            )
+        if isinstance(node.parent, _Node):
+            model = self._parallel(node.parent)
+            model.load_state_dict(load_tensors(self.folder(node.parent) / "weights.safetensors")[0])
+        else:
+            model = self._parallel(node, fitted=how == "fold")
+        if how == "scratch":
+            torch.manual_seed(derive_seed(node.key, 0))
+            return from_scratch(model)
+        model.alpha = 0.0
+        return fold(model)[0]
 
     def _network(self, node: _Node) -> nn.Module:
         """The plain network a stage trains, or that the branches are put beside."""
@@ -316,8 +391,11 @@ class Experiment:
             ) from None
         return network
 
-    def _parallel(self, node: _Node) -> ParallelModel | SkipModel:
-        """The model with an alpha around a stage's first ancestor; its branches depend on the seed alone."""
+    def _parallel(self, node: _Node, fitted: bool = False) -> ParallelModel | SkipModel:
+        """The model with an alpha around a stage's first ancestor; its branches depend on the seed alone.
+
+        `fitted` starts them as the settings' `init` says; without, they wait for weights to be loaded.
+        """
         first = node
         while isinstance(first.parent, _Node) and first.parent.stage.alpha is not None:
             first = first.parent
@@ -325,19 +403,28 @@ class Experiment:
         if node.settings.anneal == "skips":
             return SkipModel(network, self.example_image())
         torch.manual_seed(derive_seed(node.settings.seed, "branches"))
-        return ParallelModel(network, node.settings.keep_ratio, self.example_image())
+        s = node.settings
+        options: dict[str, Any] = {}
+        if fitted and s.init != "random":
+            train = images.load(s.data).train.first(s.train_images)
+            options = {"init": s.init, "images": next(images.batches(train, s.init_images))[0]}
+        return ParallelModel(network, s.keep_ratio, self.example_image(), **options)
 
-    def model(self, name: str) -> ParallelModel | SkipModel:
-        """The trained model of a recorded stage, at that stage's alpha, in eval mode."""
+    def model(self, name: str) -> nn.Module:
+        """The trained model of a recorded stage in eval mode: at its alpha, or plain where it has none."""
         node = self.find(name)
         path = self.folder(node) / "weights.safetensors"
         if self.why(node) is not None or not path.is_file():
             raise UsageError(
                 f"stage '{node.name}' has no weights yet; run its experiment first: python -m alphaprune.experiment params/{self.settings.preset}/{node.settings.experiment}.yaml"
             )
+        if node.narrowed_at:
+            model = self._narrow(node.narrowed_at)
+            model.load_state_dict(load_tensors(path)[0])
+            return model.eval()
         model = self._parallel(node)
         model.load_state_dict(load_tensors(path)[0])
-        model.alpha = node.stage.alpha
+        self._set_alpha(model, node)
         return model.eval()
 
     @staticmethod

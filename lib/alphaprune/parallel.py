@@ -38,6 +38,7 @@ from alphaprune.widths import KeepRatio, call, choose, for_target, is_narrow
 # Part of the identity of every stage with branches. Raise it when their names or their start change.
 BRANCHES_VERSION = 2
 WIDE, NARROW = "wide", "narrow"
+BATCHNORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 INITIAL_BATCH = 100  # images at once while the branches are fitted
 _TRANSPOSED = {3: F.conv_transpose1d, 4: F.conv_transpose2d, 5: F.conv_transpose3d}
 
@@ -69,6 +70,10 @@ class ParallelModel(nn.Module):
             the batches in training mode either way.
         composed: whether products like R.W.E are formed before they meet the images (True). The function is the
             same; False is slower and there to compare with.
+        hold_batchnorm: whether, in training, the BatchNorms of the wide program keep their running statistics, scale and
+            shift (False).
+        read_narrow: a dictionary that each run fills with what mixers read of the narrow program, by key; None
+            (as it is at first) to leave that.
         least_squares: by layer name what least squares did not reach, see `initialise.fit_branches`; None where nothing was fitted.
         structure, widths: which channels are tied and why some stay (see `graph`), and how many are left.
 
@@ -143,6 +148,8 @@ class ParallelModel(nn.Module):
         # What the network's owner has frozen stays so.
         self._frozen = {n for n, p in self.network.named_parameters() if not p.requires_grad}
         self.composed = True
+        self.read_narrow: dict[str, Tensor] | None = None
+        self._hold_batchnorm = False
         self.train_wide = True
         self.alpha = 1.0
         self._check_same_function(network)
@@ -254,8 +261,30 @@ class ParallelModel(nn.Module):
     @train_wide.setter
     def train_wide(self, value: bool) -> None:
         self._train_wide = bool(value)
+        held = {f"{n}.{p}" for n in self._wide_batchnorms() for p in ("weight", "bias")}
+        kept = self._frozen | held if self.hold_batchnorm else self._frozen
         for name, p in self.network.named_parameters():
-            p.requires_grad_(self._train_wide and name not in self._frozen)
+            p.requires_grad_(self._train_wide and name not in kept)
+
+    @property
+    def hold_batchnorm(self) -> bool:
+        return self._hold_batchnorm
+
+    @hold_batchnorm.setter
+    def hold_batchnorm(self, value: bool) -> None:
+        self._hold_batchnorm = bool(value)
+        self.train(self.training)
+        self.train_wide = self._train_wide
+
+    def _wide_batchnorms(self) -> dict[str, nn.Module]:
+        return {n: m for n, m in self.network.named_modules() if isinstance(m, BATCHNORMS)}
+
+    def train(self, mode: bool = True) -> ParallelModel:
+        super().train(mode)
+        if mode and self._hold_batchnorm:
+            for norm in self._wide_batchnorms().values():
+                norm.eval()
+        return self
 
     def _needed(self) -> set[tuple[str, str]]:
         """The (node, program) pairs that the output depends on at the present alpha, walking back from it.
@@ -318,6 +347,8 @@ class ParallelModel(nn.Module):
         if not (to_wide or to_narrow):
             return
         wide, narrow, source = values[WIDE], values[NARROW], node.args[0].name
+        if self.read_narrow is not None and node.name in self.expand and source in narrow:
+            self.read_narrow[node.name] = narrow[source]
         weight = attribute(self.network, m.weight)
         bias = None if m.bias is None else attribute(self.network, m.bias)
         expand = self.expand[m.key] if m.key in self.expand else None

@@ -39,7 +39,7 @@ def stage_curves(curves: pd.DataFrame, title: str, fold_now: bool = False) -> Fi
             step, split, metric, value (a share of 1), as `Experiment.curves` gives them: stages of other
             experiments first.
         title: above the figure.
-        fold_now: draw a third panel, the accuracy if the network were folded at the end of each stage.
+        fold_now: draw a third panel, the accuracy if the network were folded: a line where measured, a square at the end of each stage.
     """
     stages = list(curves.groupby(["experiment", "stage"], sort=False))
     own_experiment = curves["experiment"].iloc[-1]
@@ -72,7 +72,7 @@ def stage_curves(curves: pd.DataFrame, title: str, fold_now: bool = False) -> Fi
                 points = own[own["metric"] == "fold_now"]
                 axes[2].plot(points["x"], points["percent"], color=color, marker="s", ms=6, ls="")
         if fold_now:
-            points = curves[curves["metric"] == "fold_now"]
+            points = curves[curves["metric"].isin(["fold_now", "fold_now_running"])]
             axes[2].plot(points["start"] + points["step"], 100 * points["value"], color=LIGHT, lw=1, zorder=0)
             axes[2].set_title("Validation, if folded now")
         axes[0].set_title("Training")

@@ -45,7 +45,11 @@ class Progress:
     def end(self, outcome: Outcome, metrics: dict[str, float]) -> None:
         self.done += 1
         fold_now = f", if folded now {metrics['fold_now']:.1%}" if "fold_now" in metrics else ""
-        diverged = "; the loss was no longer finite" if outcome.diverged else ""
+        diverged = (
+            f"; the loss was no longer finite at step {outcome.steps}, the last good weights are kept"
+            if outcome.diverged
+            else ""
+        )
         self.say(
             f"{self.where}: best {outcome.best_accuracy:.1%} in epoch {outcome.best_epoch}{fold_now}{diverged}"
         )

@@ -18,11 +18,15 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from alphaprune.errors import UsageError
-from alphaprune.schedule import THRESHOLD, Kind, alphas
+from alphaprune.initialise import Init
+from alphaprune.objective import Draw, Objective
+from alphaprune.schedule import THRESHOLD, Kind, Order, alphas
 from alphaprune.train import Recipe
 
 Unit = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Start = Literal["fold", "scratch", "torch-pruning-l1", "torch-pruning-bn", "torch-pruning-l2"]
 Count = Annotated[int, Field(ge=1)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.,=-]*$", max_length=80)]
 
@@ -31,24 +35,60 @@ class _Strict(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, populate_by_name=True)
 
 
-class Stage(_Strict):
+class _Training(_Strict):
+    """How a stage trains besides its alpha and rate; `objective.Objective` has the formula."""
+
+    train_wide: bool = True
+    distill: Unit = 0.0
+    temperature: Positive = 4.0
+    match_logits: NotNegative = 0.0
+    match_layers: NotNegative = 0.0
+    alongside: NotNegative = 0.0
+    draw: Draw = "fixed"
+    hold_batchnorm: bool = False
+    order: Order = "together"  # in which the layers' alphas fall
+
+    def objective(self) -> Objective:
+        return Objective(**{f: getattr(self, f) for f in Objective.__dataclass_fields__})
+
+
+class Stage(_Training):
     """One training stage. `from` names where its weights come from: `scratch` (a new network), `base` (the
     preset's pretrained network), a stage of this experiment, or `<experiment>/<stage>`."""
 
     name: Name
-    alpha: Unit | None = None  # None trains the plain network, without branches
+    alpha: Unit | None = None  # None trains a plain network, without branches
     lr: Positive
     parent: str = Field(alias="from")
-    train_wide: bool = True
+    narrow: Start | None = None  # makes what it starts from a plain narrow network first
     color: str | None = None  # of the curve in the report's figure; not part of the identity
 
     @model_validator(mode="after")
     def _something_trains(self) -> Stage:
-        if self.alpha == 1 and not self.train_wide:
+        if self.alpha == 1 and not self.train_wide and not self.alongside:
             raise ValueError(
                 "alpha 1 with train_wide false trains nothing; lower alpha or set train_wide: true"
             )
         return self
+
+    @model_validator(mode="after")
+    def _has_branches(self) -> Stage:
+        with_branches = (
+            self.alongside or self.draw != "fixed" or self.hold_batchnorm or self.order != "together"
+        )
+        if self.alpha is None and (with_branches or self.match_layers):
+            raise ValueError(
+                "match_layers, alongside, draw, hold_batchnorm and order belong to branches; give an alpha"
+            )
+        if self.alpha is not None and self.narrow:
+            raise ValueError("narrow gives a plain network, which has no alpha; leave one of them out")
+        return self
+
+    def determines(self) -> dict[str, Any]:
+        """What the stage's result is a function of, for its identity: of what is set only where it is not the default."""
+        always = {"name", "alpha", "lr", "train_wide"}
+        rest = self.model_dump(exclude={*always, "color", "parent"}, exclude_defaults=True)
+        return self.model_dump(include=always) | rest
 
 
 class Settings(_Strict):
@@ -67,6 +107,8 @@ class Settings(_Strict):
     anneal: Literal["channels", "skips"] = (
         "channels"  # what alpha weighs: the wide channels, or the shortcuts
     )
+    init: Init = "random"  # what the branches start from
+    init_images: Count = 2000  # of the training images, for the branches to be fitted to
     base: str  # file of the pretrained weights, from the project's folder
     # training, see train.Recipe
     seed: Annotated[int, Field(ge=0)] = 0
@@ -82,6 +124,7 @@ class Settings(_Strict):
     weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     log_every: Count
+    fold_now_every: Count = 3  # epochs between two measurements of what the network would score if folded
     # what to do
     stages: tuple[Stage, ...] = ()
     folds: str | None = (
@@ -105,6 +148,11 @@ class Settings(_Strict):
     def _skips_train_everything(self) -> Settings:
         if self.anneal == "skips" and not all(s.train_wide for s in self.stages):
             raise ValueError("anneal: skips has no branches that could train alone; leave train_wide out")
+        branches = {"match_layers", "alongside", "draw", "hold_batchnorm", "order", "narrow"}
+        if self.anneal == "skips" and (
+            used := sorted(branches & set().union(*(s.determines() for s in self.stages)))
+        ):
+            raise ValueError(f"anneal: skips has no branches, which {used[0]} needs; leave it out")
         return self
 
     def recipe(self, stage: Stage) -> Recipe:
@@ -115,7 +163,7 @@ class Settings(_Strict):
 KEYS = [*Settings.model_fields, "stages_of"]  # what may stand in a file
 
 
-class _Schedule(_Strict):
+class _Schedule(_Training):
     """Several stages, each from the one before, one for every alpha of a schedule."""
 
     schedule: Kind
@@ -123,7 +171,6 @@ class _Schedule(_Strict):
     threshold: Unit = THRESHOLD
     lr: Positive
     parent: str = Field(alias="from")
-    train_wide: bool = True
     colors: dict[str, str] = {}  # colour by stage name
 
 
@@ -236,13 +283,8 @@ def _expand(entries: Any, file: Path | str) -> tuple[Stage, ...]:
                 raise UsageError(f"{file}: {where}by: {e}") from None
             for alpha in values:
                 name = stage_name(alpha, s.lr)
-                fields = {
-                    "name": name,
-                    "alpha": alpha,
-                    "lr": s.lr,
-                    "from": parent,
-                    "train_wide": s.train_wide,
-                }
+                fields = s.model_dump(include=set(_Training.model_fields))
+                fields |= {"name": name, "alpha": alpha, "lr": s.lr, "from": parent}
                 stages.append(_validate(Stage, fields | {"color": s.colors.get(name)}, file, where))
                 parent = name
         elif isinstance(entry, dict):

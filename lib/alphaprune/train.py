@@ -24,6 +24,7 @@ from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
 
 from alphaprune.data import Split, batches
 from alphaprune.errors import UsageError
+from alphaprune.objective import Loss, Objective
 from alphaprune.storage import load_tensors, save_tensors
 
 with warnings.catch_warnings():  # its progress bars, which are not used here, ask for notebook widgets
@@ -46,7 +47,8 @@ class Recipe:
         max_epochs: epochs at most.
         patience: epochs without a lower validation loss after which a "plateau" stage ends.
         batch_size: images a step.
-        momentum, weight_decay, label_smoothing: of SGD and of the cross entropy.
+        momentum, weight_decay: of SGD.
+        label_smoothing: of the cross entropy.
         log_every: steps between two rows of training accuracy.
     """
 
@@ -94,6 +96,9 @@ def fit(
     key: str,
     checkpoint: Path,
     after_epoch: Callable[[Outcome], None] = lambda outcome: None,
+    objective: Objective | None = None,
+    teacher: nn.Module | None = None,
+    measure: Callable[[int], dict[str, float]] = lambda epoch: {},
 ) -> Outcome:
     """Train `model` in place and leave it with its best weights, those of the highest validation accuracy.
 
@@ -104,10 +109,14 @@ def fit(
         key: names the run's random numbers; the same key gives the same run.
         checkpoint: file of the resume state; read if it is there, removed at the end by the caller.
         after_epoch: called after every epoch, once the state is on disk.
+        objective: what to train for; cross entropy with the labels if None.
+        teacher: the network to learn from, where the objective asks for one.
+        measure: called after every epoch with its number, and before the first with 0, for more to note of the
+            validation images; it leaves the model as it was.
 
     Returns:
         The outcome. Row 0 of the validation accuracy is that of the weights the stage began with. A loss that
-        is no longer finite ends the stage, with `diverged` set and the best weights so far.
+        is no longer finite ends the stage at once, with `diverged` set and the best weights so far.
     """
     accelerator = accelerator_for_this_machine()
     model.to(accelerator.device, memory_format=torch.channels_last)
@@ -128,9 +137,10 @@ def fit(
 
     if not state.resume():
         loss, accuracy = evaluate(model, val, accelerator=accelerator)
-        state.note("val", loss=loss, accuracy=accuracy)
+        state.note("val", loss=loss, accuracy=accuracy, **measure(0))
         state.keep_best(accuracy)
     outcome = state.outcome
+    loss_of = Loss(objective or Objective(), model, stepper, teacher, recipe.label_smoothing)
     while not state.finished(recipe):
         started = time.monotonic()
         outcome.epochs += 1
@@ -140,8 +150,8 @@ def fit(
         meter = _Meter(accelerator.device)
         shuffled = batches(train, recipe.batch_size, torch.Generator().manual_seed(seed))
         for step, (images, labels) in enumerate(shuffled, 1):
-            logits = stepper(images)
-            loss = F.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing)
+            with accelerator.autocast():
+                loss, logits = loss_of(images, labels)
             prepared.zero_grad()
             accelerator.backward(loss)
             prepared.step()
@@ -151,9 +161,12 @@ def fit(
             outcome.images += len(labels)
             meter.add(loss, logits, labels)
             if step % recipe.log_every == 0 or step == steps_an_epoch:
-                state.note("train", **meter.read())
+                read = meter.read()
+                state.note("train", **read)
+                if not math.isfinite(read["loss"]):
+                    break
         val_loss, accuracy = evaluate(model, val, accelerator=accelerator)
-        state.note("val", loss=val_loss, accuracy=accuracy)
+        state.note("val", loss=val_loss, accuracy=accuracy, **measure(outcome.epochs))
         state.note("train", lr=optimizer.param_groups[0]["lr"])
         outcome.diverged = not all(math.isfinite(row["value"]) for row in outcome.history)
         if outcome.diverged:

@@ -1,0 +1,59 @@
+"""Plain narrow networks to train and to compare with: folded ones, the same from scratch, and Torch-Pruning's."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from alphaprune.errors import UsageError
+from alphaprune.fold import fold
+from alphaprune.parallel import ParallelModel
+
+
+def from_scratch(model: ParallelModel) -> nn.Module:
+    """The network that `model` folds to, with random weights: He's for convolutions, torch's own for the rest.
+
+    Draws from torch's random state.
+    """
+    model = copy.deepcopy(model)
+    model.alpha = 0.0
+    small, _ = fold(model, force=True)
+    for layer in small.modules():
+        if hasattr(layer, "reset_parameters"):
+            layer.reset_parameters()
+        if isinstance(layer, nn.Conv2d):
+            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+    return small
+
+
+def torch_pruning(network: nn.Module, keep_ratio: float, importance: str, example_input: Tensor) -> nn.Module:
+    """A copy of a network, cut by the package torch-pruning (Fang et al., "DepGraph", 2023) in one step.
+
+    Args:
+        network: the pretrained network.
+        keep_ratio: share of the channels that stay, in (0, 1].
+        importance: "l1" or "l2", the norm of all weights of a group; "bn", the scale of BatchNorm.
+        example_input: (1, C, H, W).
+
+    Raises:
+        UsageError: if the package is not installed.
+    """
+    try:
+        from torch_pruning.pruner import BasePruner
+        from torch_pruning.pruner.importance import BNScaleImportance, GroupMagnitudeImportance
+    except ImportError:
+        raise UsageError("the package torch-pruning is missing; run `make environment`") from None
+    network = copy.deepcopy(network).eval()
+    measure = {
+        "l1": lambda: GroupMagnitudeImportance(p=1),
+        "l2": lambda: GroupMagnitudeImportance(p=2),
+        "bn": BNScaleImportance,
+    }[importance]()
+    last = [m for m in network.modules() if isinstance(m, nn.Linear)][-1:]  # gives the classes
+    with torch.enable_grad():
+        BasePruner(network, example_input, measure, pruning_ratio=1 - keep_ratio, ignored_layers=last).step()
+    return network
