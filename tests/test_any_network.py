@@ -550,3 +550,38 @@ def test_a_group_norm_across_a_concatenation_is_refused_and_the_remedy_works():
     model = parallel(wide, keep_ratio=0.34, exclude=["a", "b"])
     model.alpha = 0.0
     assert fold(model)[1].exact
+
+
+@pytest.mark.parametrize("name", ["update", "keys", "values", "pop", "items", "weight", "copy"])
+def test_layers_may_be_called_like_methods(name):
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = nn.Conv2d(2, 8, 3)
+            setattr(self, name, nn.Conv2d(8, 8, 3))
+            self.norm, self.last = nn.BatchNorm2d(8), nn.Conv2d(8, 3, 3)
+
+        def forward(self, x):
+            return self.last(self.norm(getattr(self, name)(self.first(x))))
+
+    model = parallel(Named(), keep_ratio={name: 0.5, "first": 0.5})
+    model.alpha = 0.0
+    small, certificate = fold(model)
+    assert certificate.exact and getattr(small, name).out_channels == 4
+
+
+def test_a_weight_that_two_layers_share_is_refused_and_the_remedy_works():
+    def tied():
+        network = nn.Sequential(
+            nn.Conv2d(2, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3)
+        )
+        network[4].weight = network[2].weight
+        return network
+
+    with pytest.raises(UsageError, match=r"layers '2' and '4' share one weight.*give '4' its own"):
+        parallel(tied(), keep_ratio=0.5)
+    network = tied()
+    network[4].weight = nn.Parameter(network[4].weight.detach().clone())
+    model = parallel(network, keep_ratio=0.5)
+    model.alpha = 0.0
+    assert fold(model)[1].exact

@@ -96,6 +96,7 @@ def test_latency_is_measured():
     p = plan(vgg16(1.0), 0.34375, torch.zeros(4, 3, 32, 32))
     assert 0 < p.milliseconds_folded < p.milliseconds and "ms" not in str(p)
     assert f"{p.milliseconds:.1f} ->" in str(p)
+    assert f"keep_ratio     {p.keep_ratio}" in str(p)
 
 
 class TwoShapes(nn.Module):

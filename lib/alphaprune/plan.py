@@ -58,6 +58,7 @@ class Plan:
                 f"milliseconds   {self.milliseconds:>15.1f} -> {self.milliseconds_folded:>13.1f}  ({share:.1%}), "
                 f"{self.images} images, {torch.get_num_threads()} threads"
             )
+        lines.append(f"keep_ratio     {self.keep_ratio}")
         wide = t[t["why_wide"] != ""]
         lines.append(f"{len(wide)} of {len(t)} layers keep all their channels")
         return "\n".join([t.to_string(index=False), "", *lines])

@@ -35,7 +35,7 @@ def stage_curves(curves: pd.DataFrame, title: str, fold_now: bool = False) -> Fi
     The scale starts at 0 and ends at 100 %, so that figures can be laid side by side.
 
     Args:
-        curves: columns experiment, stage, alpha, lr, color (None: a grey), start (step at which the stage's curve begins),
+        curves: columns experiment, stage, alpha, lr, color (None: a grey, or where no stage has one, shades from dark to light), start (step at which the stage's curve begins),
             step, split, metric, value (a share of 1), as `Experiment.curves` gives them: stages of other
             experiments first.
         title: above the figure.
@@ -44,7 +44,11 @@ def stage_curves(curves: pd.DataFrame, title: str, fold_now: bool = False) -> Fi
     stages = list(curves.groupby(["experiment", "stage"], sort=False))
     own_experiment = curves["experiment"].iloc[-1]
     uncolored = [key for key, own in stages if pd.isna(own["color"].iloc[0])]
-    greys = dict(zip(uncolored, sns.blend_palette([LIGHT, DARK], max(len(uncolored), 1)), strict=False))
+    # Where the report gives colours, the rest is in the background; where it gives none, they tell the stages apart.
+    shades = sns.blend_palette([LIGHT, DARK], max(len(uncolored), 1))
+    if len(uncolored) == len(stages):
+        shades = sns.color_palette("viridis", len(stages))
+    greys = dict(zip(uncolored, shades, strict=False))
     with matplotlib.rc_context(STYLE):
         panels = 3 if fold_now else 2
         height = 3.6 + 0.17 * ((len(stages) + 3) // 4)

@@ -137,6 +137,11 @@ def _graph(network: nn.Module, inputs: int, in_place: Sequence[str]) -> fx.Graph
                 f"what layer '{node.target}' gives is not used; leave the call out of forward(), or set that part of the network to None"
             )
         graph.erase_node(node)
+    for node in graph.nodes:
+        if any(hasattr(taken, node.name) for taken in (nn.ModuleDict(), nn.ParameterDict())):
+            node.name = (
+                f"{node.name}_"  # branches are kept under nodes' names, which must not be such a method's
+            )
     return graph
 
 
