@@ -568,20 +568,3 @@ def test_layers_may_be_called_like_methods(name):
     model.alpha = 0.0
     small, certificate = fold(model)
     assert certificate.exact and getattr(small, name).out_channels == 4
-
-
-def test_a_weight_that_two_layers_share_is_refused_and_the_remedy_works():
-    def tied():
-        network = nn.Sequential(
-            nn.Conv2d(2, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3)
-        )
-        network[4].weight = network[2].weight
-        return network
-
-    with pytest.raises(UsageError, match=r"layers '2' and '4' share one weight.*give '4' its own"):
-        parallel(tied(), keep_ratio=0.5)
-    network = tied()
-    network[4].weight = nn.Parameter(network[4].weight.detach().clone())
-    model = parallel(network, keep_ratio=0.5)
-    model.alpha = 0.0
-    assert fold(model)[1].exact

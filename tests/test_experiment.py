@@ -271,3 +271,23 @@ def test_narrow_stages_that_make_no_sense_are_refused(small, stages, message):
     stages_of(small, stages)
     with pytest.raises(UsageError, match=message):
         Experiment("smoke", "fig4", small)
+
+
+def test_an_adaptive_schedule_ends_at_0_and_goes_on_where_it_stopped(small):
+    adaptive = {"lr": 0.01, "from": "start", "survive": 0.05, "smallest": 0.3}
+    stages_of(
+        small, [{"name": "start", "alpha": 1.0, "lr": 0.01, "from": "base"}], adaptive=adaptive, folds="best"
+    )
+    experiment, history, lines = run(small)
+    assert "1 stages to train and those that follow from them" in lines[0]
+    summary = experiment.summary()
+    assert summary["alpha"].iloc[-1] == 0 and summary["stage"].iloc[1] == "try01-a0.5"
+    last = experiment.folder(experiment.stages[-1]) / "run.json"
+    last.unlink()
+    again, same, lines = run(small)
+    assert len([x for x in lines if "starts from" in x]) == 1
+    pd.testing.assert_frame_equal(history, same)
+    assert again.to_fold().endswith("-a0")
+    stages_of(small, [{"name": "plain", "lr": 0.01, "from": "base"}], adaptive=adaptive | {"from": "plain"})
+    with pytest.raises(UsageError, match="which has no alpha; name a stage that has"):
+        Experiment("smoke", "fig4", small)

@@ -1,5 +1,6 @@
 """Alpha schedules."""
 
+import itertools
 import math
 
 import pytest
@@ -7,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from alphaprune import UsageError
-from alphaprune.schedule import THRESHOLD, alphas, staggered
+from alphaprune.schedule import THRESHOLD, alphas, next_try, staggered
 
 
 def test_step_of_a_tenth_is_the_reports_figure_4():
@@ -71,3 +72,39 @@ def test_staggered_layers_fall_one_after_the_other_and_never_rise(alphas, layers
 @pytest.mark.parametrize("order", ["front", "back"])
 def test_staggered_is_in_the_middle_of_the_way_at_one_half(order):
     assert staggered(0.5, 3, order) == ([0.0, 0.5, 1.0] if order == "front" else [1.0, 0.5, 0.0])
+
+
+def adaptive(accuracy_at, before=0.9, survive=0.02, **options):
+    """All tries of an adaptive schedule, where a stage from one alpha to another reaches `accuracy_at` of both."""
+    tries, reached = [], []
+    while (following := next_try(tries, reached, before, survive, **options)) is not None:
+        start = 1.0 if following.start is None else tries[following.start].alpha
+        tries.append(following)
+        reached.append(accuracy_at(start, following.alpha))
+        assert len(tries) < 500
+    return tries, reached
+
+
+def test_adaptive_goes_straight_where_nothing_is_lost():
+    tries, _ = adaptive(lambda start, alpha: 0.9)
+    assert [t.alpha for t in tries] == [0.5, 0.0]
+
+
+def test_adaptive_goes_back_and_halves_until_it_survives():
+    tries, _ = adaptive(lambda start, alpha: 0.9 if start - alpha <= 0.13 else 0.5)
+    assert [t.alpha for t in tries[:4]] == [0.5, 0.75, 0.875, 0.625]
+    assert [t.start for t in tries[:4]] == [None, None, None, 2]
+    assert tries[-1].alpha == 0
+
+
+@given(st.floats(0.02, 1), st.floats(0.02, 1), st.randoms(use_true_random=False))
+def test_adaptive_ends_at_0_and_loses_more_than_allowed_only_in_smallest_steps(first, smallest, random):
+    tries, reached = adaptive(lambda start, alpha: random.random(), first=first, smallest=smallest)
+    accepted = [tries[-1]]
+    while accepted[-1].start is not None:
+        accepted.append(tries[accepted[-1].start])
+    path = [1.0, *(t.alpha for t in reversed(accepted))]
+    assert path[-1] == 0 and all(a > b for a, b in itertools.pairwise(path))
+    for t in accepted:
+        before = 0.9 if t.start is None else reached[t.start]
+        assert t.step <= smallest or reached[tries.index(t)] >= before - 0.02

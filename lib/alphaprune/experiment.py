@@ -31,7 +31,7 @@ from alphaprune.narrowing import from_scratch, torch_pruning
 from alphaprune.parallel import BRANCHES_VERSION, ParallelModel
 from alphaprune.progress import Progress
 from alphaprune.provenance import provenance
-from alphaprune.schedule import staggered
+from alphaprune.schedule import Try, next_try, staggered
 from alphaprune.settings import Settings, Stage, given_parameters, load_settings, project_root
 from alphaprune.skips import SkipModel
 from alphaprune.storage import load_tensors, save_tensors, write_bytes, write_json
@@ -100,6 +100,7 @@ class Experiment:
         self._checksum = images.checksum(self.settings.data)
         self._nodes: dict[str, _Node] = {}
         self.stages = [self._resolve(experiment, s.name, ()) for s in self.settings.stages]
+        self._grow()
 
     @classmethod
     def from_notebook(cls, variables: Mapping[str, Any], before: set[str]) -> Experiment:
@@ -140,6 +141,37 @@ class Experiment:
         node = _Node(settings, found[0], parent, self._identity(settings, found[0], parent))
         self._nodes[name] = node
         return node
+
+    def _grow(self) -> None:
+        """Behind the stages of the file, those of the adaptive schedule: what is recorded and what follows from it."""
+        s, plan = self.settings, self.settings.adaptive
+        del self.stages[len(s.stages) :]
+        if plan is None:
+            return
+        start = self.find(plan.parent)
+        if start.stage.alpha is None:
+            raise UsageError(
+                f"adaptive starts from '{start.name}', which has no alpha; name a stage that has"
+            )
+        nodes: list[_Node] = []
+        tries: list[Try] = []
+        reached: list[float] = []
+        while self.why(start) is None:
+            before = self.record(start.name)["metrics"]["val_accuracy"]
+            following = next_try(tries, reached, before, plan.survive, plan.first, plan.smallest)
+            if following is None:
+                break
+            parent = start if following.start is None else nodes[following.start]
+            name = plan.parent if parent is start else parent.stage.name
+            stage = plan.stage(len(nodes) + 1, following.alpha, name)
+            node = _Node(s, stage, parent, self._identity(s, stage, parent))
+            nodes.append(node)
+            self._nodes[node.name] = node
+            if self.why(node) is not None:
+                break
+            tries.append(following)
+            reached.append(self.record(node.name)["metrics"]["val_accuracy"])
+        self.stages += nodes
 
     @staticmethod
     def _check_descent(name: str, settings: Settings, stage: Stage, parent: _Node | str) -> None:
@@ -265,17 +297,24 @@ class Experiment:
         for node in self.stages if again else ():
             if self.why(node) is None:  # what was interrupted goes on
                 shutil.rmtree(self.folder(node))
-        to_run = {n.name: n for stage in self.stages for n in self._missing(stage)}
+        self._grow()
+        to_run = self._to_run()
         recorded = len([n for n in self.stages if n.name not in to_run])
-        say(f"[{self.settings.experiment}] {len(to_run)} stages to train, {recorded} already recorded")
-        if to_run:
+        more = " and those that follow from them" if self.settings.adaptive and to_run else ""
+        say(f"[{self.settings.experiment}] {len(to_run)} stages to train{more}, {recorded} already recorded")
+        while to_run:
             data = images.load(self.settings.data)
             progress = Progress(len(to_run), say)
             for node in to_run.values():
                 self._train(node, self.why(node) or "its weights are needed and missing", data, progress)
+            self._grow()
+            to_run = self._to_run()
         if self.settings.publish and self.label == self.settings.experiment:
             self._publish()
         return self.history()
+
+    def _to_run(self) -> dict[str, _Node]:
+        return {n.name: n for stage in self.stages for n in self._missing(stage)}
 
     def _missing(self, node: _Node, weights_needed: bool = False) -> list[_Node]:
         has_weights = (self.folder(node) / "weights.safetensors").is_file()

@@ -275,16 +275,6 @@ class _Reader:
             self._leave(node, module, given, why)
             ids_in = reads = None
         mixer = self.by_name.get(name)
-        own = attribute(self.trace.network, weight)
-        if twin := [
-            m.name
-            for m in self.s.mixers.values()
-            if m.name != name and attribute(self.trace.network, m.weight) is own
-        ]:
-            raise UsageError(
-                f"layers '{twin[0]}' and '{name}' share one weight, which narrow layers cannot; give '{name}' its own: "
-                f"{name}.weight = nn.Parameter({name}.weight.detach().clone())"
-            )
         if mixer is not None:
             self._used_again(node, mixer, ids_in)
         else:

@@ -15,27 +15,40 @@ of Zhang et al., "Accelerating very deep convolutional networks for classificati
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, Protocol
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from alphaprune.channel_map import compose
-from alphaprune.graph import Mixer, attribute
+from alphaprune.graph import Mixer, Structure, attribute
 from alphaprune.modes import in_eval_mode
 from alphaprune.selection import Inputs, rows
-
-if TYPE_CHECKING:
-    from alphaprune.parallel import ParallelModel
+from alphaprune.widths import Widths
 
 Init = Literal["random", "select", "least_squares"]
 RIDGE = 1e-4  # of the mean second moment of what is read
 LARGER_RIDGE = 1.0  # where there are too few images
 
 
+class Lockstep(Protocol):
+    """What is needed of a `ParallelModel`, which is made with what stands here."""
+
+    network: nn.Module
+    structure: Structure
+    widths: Widths
+    reduce: nn.ModuleDict
+    expand: nn.ModuleDict
+
+    @property
+    def mixers(self) -> list[Mixer]: ...
+    def call_mixer(self, node: fx.Node, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor: ...
+    def channelwise(self, node: fx.Node, values: Mapping[str, Any], narrow: bool) -> Any: ...
+
+
 @torch.no_grad()
-def put_back(model: ParallelModel) -> None:
+def put_back(model: Lockstep) -> None:
     """R takes the channels that stay, E gives them back in their places."""
     for m in model.mixers:
         for branch, ids in ((model.reduce, m.ids), (model.expand, m.ids_in)):
@@ -63,7 +76,7 @@ def _places(kept: Tensor, weight: Tensor, groups: int, reduce: bool) -> Tensor:
 
 
 @torch.no_grad()
-def fit_branches(model: ParallelModel, batches: Sequence[Inputs]) -> dict[str, Any]:
+def fit_branches(model: Lockstep, batches: Sequence[Inputs]) -> dict[str, Any]:
     """Set every E and R by least squares, layer after layer, and say what came of it.
 
     Args:
@@ -109,7 +122,7 @@ def fit_branches(model: ParallelModel, batches: Sequence[Inputs]) -> dict[str, A
 
 
 def _mix(
-    model: ParallelModel,
+    model: Lockstep,
     node: fx.Node,
     m: Mixer,
     original: list[dict[str, Any]],

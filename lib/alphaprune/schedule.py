@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 from alphaprune.errors import UsageError
@@ -112,3 +113,56 @@ def staggered(alpha: float, layers: int, order: Order) -> list[float]:
     starts = [(1 - OVERLAP) * i / (layers - 1) for i in range(layers)]
     values = [1 - min(max((1 - alpha - start) / OVERLAP, 0.0), 1.0) for start in starts]
     return values if order == "front" else values[::-1]
+
+
+@dataclass(frozen=True)
+class Try:
+    """One stage of an adaptive schedule: from the try `start` (None: what the schedule starts from) to `alpha`."""
+
+    start: int | None
+    alpha: float
+    step: float
+
+
+def next_try(
+    tries: Sequence[Try],
+    accuracies: Sequence[float],
+    before: float,
+    survive: float,
+    first: float = 0.5,
+    smallest: float = 0.01,
+) -> Try | None:
+    """The largest step of alpha that the accuracy survives: what the report did by hand, by rule.
+
+    A try survives if it costs at most `survive` of the accuracy of what it started from. Then the next one starts from it,
+    with twice its step; else the next starts where it started, with half of it. A step that is `smallest` or less is taken
+    whatever it costs, so that the schedule ends.
+
+    Args:
+        tries: so far, in order.
+        accuracies: validation accuracy that each reached, 0..1.
+        before: accuracy of what the schedule starts from, at alpha 1.
+        survive: accuracy that a step may cost.
+        first: the first step.
+        smallest: see above.
+
+    Returns:
+        The next one, None where alpha 0 is reached.
+
+    Example:
+        >>> next_try([], [], 0.9, 0.01)
+        Try(start=None, alpha=0.5, step=0.5)
+        >>> next_try([Try(None, 0.5, 0.5)], [0.8], 0.9, 0.01)
+        Try(start=None, alpha=0.75, step=0.25)
+    """
+    start, alpha, accuracy, step = None, 1.0, before, first
+    for i, (tried, reached) in enumerate(zip(tries, accuracies, strict=True)):
+        if reached >= accuracy - survive or tried.step <= smallest:
+            if tried.alpha == 0:
+                return None
+            start, alpha, accuracy, step = i, tried.alpha, reached, 2 * tried.step
+        else:
+            step = tried.step / 2
+    step = min(step, alpha)
+    target = round(alpha - step, 12)
+    return Try(start, 0.0 if target < THRESHOLD else target, step)

@@ -91,6 +91,21 @@ class Stage(_Training):
         return self.model_dump(include=always) | rest
 
 
+class Adaptive(_Training):
+    """Stages whose alphas are found while they train: see `schedule.next_try`."""
+
+    lr: Positive
+    parent: str = Field(alias="from")
+    survive: Unit = 0.01  # validation accuracy that a step may cost
+    first: Unit = 0.5  # the first step of alpha
+    smallest: Annotated[float, Field(gt=0, le=1)] = 0.01  # a step this small is taken whatever it costs
+
+    def stage(self, number: int, alpha: float, parent: str) -> Stage:
+        fields = self.model_dump(include=set(_Training.model_fields))
+        name = f"try{number:02d}-a{alpha:.4g}"
+        return Stage(**fields, name=name, alpha=alpha, lr=self.lr, parent=parent)
+
+
 class Settings(_Strict):
     """Everything that determines an experiment. Units: epochs, images, shares of 1."""
 
@@ -127,6 +142,7 @@ class Settings(_Strict):
     fold_now_every: Count = 3  # epochs between two measurements of what the network would score if folded
     # what to do
     stages: tuple[Stage, ...] = ()
+    adaptive: Adaptive | None = None  # more stages behind these
     folds: str | None = (
         None  # the stage whose model is folded, `<experiment>/<stage>`, or `best` of its own at alpha 0
     )
@@ -252,7 +268,7 @@ def _what_to_do(file: Path) -> dict[str, Any]:
     if not file.is_file():
         raise UsageError(f"stages_of: {file} does not exist; name a preset that has this experiment")
     content = _read_yaml(file)
-    return {key: content[key] for key in ("title", "stages", "folds") if key in content}
+    return {key: content[key] for key in ("title", "stages", "adaptive", "folds") if key in content}
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
