@@ -13,6 +13,7 @@ import hashlib
 import json
 import shutil
 import sys
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -32,6 +33,7 @@ from alphaprune.parallel import BRANCHES_VERSION, ParallelModel
 from alphaprune.progress import Progress
 from alphaprune.provenance import provenance
 from alphaprune.schedule import Try, next_try, staggered
+from alphaprune.sensitivity import allot, damages
 from alphaprune.settings import Settings, Stage, given_parameters, load_settings, project_root
 from alphaprune.skips import SkipModel
 from alphaprune.storage import load_tensors, save_tensors, write_bytes, write_json
@@ -46,6 +48,9 @@ from alphaprune.train import (
 
 # Part of the identity of every stage whose network is plain and narrow. Raise it when what it begins with changes.
 NARROWING_VERSION = 1
+# Part of the identity of widths by sensitivity. Raise it when what is measured changes.
+SENSITIVITY_VERSION = 1
+SENSITIVITY_IMAGES = 1000  # at most
 SCRATCH, BASE = "scratch", "base"
 COLUMNS = ["experiment", "stage", "alpha", "lr", "step", "epoch", "split", "metric", "value"]
 
@@ -187,7 +192,7 @@ class Experiment:
             raise UsageError(
                 f"stage '{name}' has no alpha, but '{parent.name}', which it starts from, has branches; give it an alpha, or narrow: fold"
             )
-        for key in ("network", "width", "keep_ratio", "anneal", "init"):
+        for key in ("network", "width", "keep_ratio", "anneal", "init", "widths"):
             own, its = getattr(settings, key), getattr(parent.settings, key)
             if own != its:
                 raise UsageError(
@@ -214,6 +219,11 @@ class Experiment:
                 **({"anneal": settings.anneal, "branches": BRANCHES_VERSION} if branches else {}),
                 **({"narrowing": NARROWING_VERSION} if narrow else {}),
                 **(self._init_identity(settings) if branches or narrow else {}),
+                **(
+                    {"widths": self._ratios(settings)}
+                    if (branches or narrow) and settings.widths != "uniform"
+                    else {}
+                ),
             },
             "data": [self._checksum, settings.train_images, settings.val_images],
             "seed": settings.seed,
@@ -225,6 +235,43 @@ class Experiment:
         if settings.init == "random":
             return {}
         return {"init": settings.init, "init_images": settings.init_images}
+
+    def _ratios(self, settings: Settings) -> float | dict[str, float]:
+        """What the settings' keep_ratio means for each layer."""
+        if settings.widths == "uniform":
+            return settings.keep_ratio
+        damage = self._damages(settings)["damages"]
+        network = NETWORKS[settings.network](settings.width).eval()
+        curves = {group: {float(r): d for r, d in curve.items()} for group, curve in damage.items()}
+        return allot(network, curves, settings.keep_ratio, self.example_image())
+
+    def _damages(self, settings: Settings) -> dict[str, Any]:
+        """What narrowing single layers does to the pretrained network, measured once and recorded."""
+        determines = [
+            SENSITIVITY_VERSION,
+            self._base_digest(settings),
+            self._checksum,
+            settings.train_images,
+            settings.init_images,
+        ]
+        identity = hashlib.sha256(json.dumps(determines).encode()).hexdigest()
+        record = self.root / "results" / settings.preset / "sensitivity" / f"{identity[:8]}.json"
+        if record.is_file() and (content := json.loads(record.read_text()))["identity"] == identity:
+            return content
+        started = time.monotonic()
+        found = damages(self._pretrained(settings).eval(), self._first_images(settings)[:SENSITIVITY_IMAGES])
+        content = {"identity": identity, "damages": found, "seconds": round(time.monotonic() - started, 1)}
+        write_json(record, content)
+        return content
+
+    def seconds_for_widths(self) -> float:
+        """How long it took to measure what the widths were chosen by; 0 where they are uniform."""
+        uniform = self.settings.widths == "uniform"
+        return 0.0 if uniform else self._damages(self.settings)["seconds"]
+
+    def _first_images(self, settings: Settings) -> torch.Tensor:
+        train = images.load(settings.data).train.first(settings.train_images)
+        return next(images.batches(train, settings.init_images))[0]
 
     def _base_digest(self, settings: Settings) -> str:
         beside = self.root / f"{settings.base}.sha256"
@@ -326,7 +373,9 @@ class Experiment:
     def _train(self, node: _Node, why: str, data: images.Dataset, progress: Progress) -> None:
         s, stage, folder = node.settings, node.stage, self.folder(node)
         progress.begin(s.experiment, stage.name, stage.parent, why, s.max_epochs)
+        started = time.monotonic()
         model = self._start(node)
+        start_seconds = time.monotonic() - started
         checkpoint = folder / "resume.safetensors"
         val = data.val.first(s.val_images)
         train = data.train.first(s.train_images)
@@ -359,7 +408,7 @@ class Experiment:
         )
         write_bytes(folder / "history.csv", history[COLUMNS].to_csv(index=False).encode())
         # Last, since it makes the stage recorded.
-        write_json(folder / "run.json", self._record(node, outcome, metrics, digest))
+        write_json(folder / "run.json", self._record(node, outcome, metrics, digest, start_seconds))
         for leftover in folder.glob("resume.safetensors*"):
             leftover.unlink()
         progress.end(outcome, metrics)
@@ -445,9 +494,8 @@ class Experiment:
         s = node.settings
         options: dict[str, Any] = {}
         if fitted and s.init != "random":
-            train = images.load(s.data).train.first(s.train_images)
-            options = {"init": s.init, "images": next(images.batches(train, s.init_images))[0]}
-        return ParallelModel(network, s.keep_ratio, self.example_image(), **options)
+            options = {"init": s.init, "images": self._first_images(s)}
+        return ParallelModel(network, self._ratios(s), self.example_image(), **options)
 
     def model(self, name: str) -> nn.Module:
         """The trained model of a recorded stage in eval mode: at its alpha, or plain where it has none."""
@@ -478,10 +526,11 @@ class Experiment:
     # ---- records
 
     def _record(
-        self, node: _Node, outcome: Outcome, metrics: dict[str, float], digest: str
+        self, node: _Node, outcome: Outcome, metrics: dict[str, float], digest: str, start_seconds: float
     ) -> dict[str, Any]:
         summary = {k: v for k, v in vars(outcome).items() if k != "history"}
         summary["seconds"] = round(outcome.seconds, 2)
+        summary["start_seconds"] = round(start_seconds, 2)
         return {
             "identity": node.identity,
             "experiment": node.settings.experiment,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -30,12 +31,14 @@ def from_scratch(model: ParallelModel) -> nn.Module:
     return small
 
 
-def torch_pruning(network: nn.Module, keep_ratio: float, importance: str, example_input: Tensor) -> nn.Module:
+def torch_pruning(
+    network: nn.Module, keep_ratio: float | Mapping[str, float], importance: str, example_input: Tensor
+) -> nn.Module:
     """A copy of a network, cut by the package torch-pruning (Fang et al., "DepGraph", 2023) in one step.
 
     Args:
         network: the pretrained network.
-        keep_ratio: share of the channels that stay, in (0, 1].
+        keep_ratio: share of the channels that stay, in (0, 1]; or by layer name.
         importance: "l1" or "l2", the norm of all weights of a group; "bn", the scale of BatchNorm.
         example_input: (1, C, H, W).
 

@@ -123,7 +123,10 @@ class Settings(_Strict):
         "channels"  # what alpha weighs: the wide channels, or the shortcuts
     )
     init: Init = "random"  # what the branches start from
-    init_images: Count = 2000  # of the training images, for the branches to be fitted to
+    init_images: Count = 2000  # of the training images, for the branches to be fitted to, and for the widths
+    widths: Literal["uniform", "sensitivity"] = (
+        "uniform"  # one keep_ratio for all layers, or one each at the same cost
+    )
     base: str  # file of the pretrained weights, from the project's folder
     # training, see train.Recipe
     seed: Annotated[int, Field(ge=0)] = 0

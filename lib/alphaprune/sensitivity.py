@@ -1,0 +1,236 @@
+"""Widths a layer by sensitivity: wide where narrowing hurts, narrow where it does not, at the same cost.
+
+Each group of tied layers is narrowed alone to a few ratios r, without training, and what that does to the network's
+answers is measured on images. All layers are fitted by least squares, so those behind make good what they can, as they
+will when all are narrow:
+
+    damage_g(r) = mean KL(softmax(network) || softmax(network with group g at r))
+
+The widths are those with the smallest sum of damages that cost no more multiply-adds, and no more parameters, than one
+keep_ratio for all. Damages of single layers do not add up exactly; that they say where to save is an assumption (Li et al.,
+"Pruning filters for efficient ConvNets", 2017, choose their layers so), to be checked by training.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._pytree import tree_flatten
+
+from alphaprune.errors import UsageError
+from alphaprune.graph import Mixer, Structure
+from alphaprune.modes import in_eval_mode
+from alphaprune.parallel import ParallelModel
+from alphaprune.trace import as_inputs
+from alphaprune.widths import choose, costs
+
+RATIOS = (0.12, 0.35, 0.65)
+LEAST = 0.05  # share of its channels that a group keeps at least
+EXCHANGES = 40_000  # random changes that the search tries
+BATCH = 250
+
+
+def damages(
+    network: nn.Module,
+    images: Tensor | tuple[Tensor, ...],
+    exclude: Sequence[str] = (),
+    ratios: Sequence[float] = RATIOS,
+) -> dict[str, dict[float, float]]:
+    """What narrowing one group of tied layers alone does to a network's answers.
+
+    Args:
+        network: a CNN with logits, (N, classes), as its first output.
+        images: inputs as in training, a thousand or two small ones; the same are fitted to and measured on.
+        exclude: see `ParallelModel`.
+        ratios: the ratios to measure, in (0, 1).
+
+    Returns:
+        By group, named by its layers joined with ", ", the damage in nats at each ratio.
+    """
+    example = tuple(x[:1] for x in as_inputs(images))
+    structure = ParallelModel(network, 1.0, example, exclude=exclude).structure
+    expected = _answers(network, images)
+    found: dict[str, dict[float, float]] = {}
+    for group in _groups(structure, min(ratios)):
+        found[", ".join(group)] = damage = {}
+        for ratio in ratios:
+            share = {name: max(ratio, 1 / _channels(structure, name)) for name in group}
+            model = ParallelModel(
+                network, share, example, exclude=exclude, init="least_squares", images=images
+            )
+            model.alpha = 0.0
+            answers = _answers(model, images)
+            damage[ratio] = F.kl_div(answers, expected, reduction="batchmean", log_target=True).item()
+    return found
+
+
+def allot(
+    network: nn.Module,
+    damage: Mapping[str, Mapping[float, float]],
+    keep_ratio: float,
+    example_input: Tensor | tuple[Tensor, ...],
+    exclude: Sequence[str] = (),
+) -> dict[str, float]:
+    """A keep_ratio a layer, of the same cost as one for all and with the least damage.
+
+    Args:
+        network: as for `damages`.
+        damage: what `damages` gave.
+        keep_ratio: the ratio for all whose multiply-adds and parameters are not exceeded, in (0, 1].
+        example_input: a batch as the network expects it, of the image size that multiply-adds count for.
+        exclude: as for `damages`.
+
+    Returns:
+        By layer name its ratio, to be given to `ParallelModel`.
+    """
+    structure = ParallelModel(network, 1.0, example_input, exclude=exclude).structure
+    groups = [group.split(", ") for group in damage]
+    channels = [_channels(structure, group[0]) for group in groups]
+    curves = [_curve(damage[", ".join(g)], c) for g, c in zip(groups, channels, strict=True)]
+
+    def mapping(kept: Sequence[int]) -> dict[str, float]:
+        # A little more than k / C, since k is rounded down from it.
+        shares = [min((k + 0.5) / c, 1.0) for k, c in zip(kept, channels, strict=True)]
+        return {name: share for group, share in zip(groups, shares, strict=True) for name in group}
+
+    def cost(kept: Sequence[int]) -> tuple[int, int]:
+        rows = costs(structure, choose(structure, mapping(kept)))
+        return sum(r["multiply_adds"] for r in rows), sum(r["parameters"] for r in rows)
+
+    uniform = [max(int(c * keep_ratio), 1) for c in channels]
+    kept, budget = _search(uniform, curves, _Estimate(structure, groups)), cost(uniform)
+    # The estimate knows of no rounding in groups; what it allows too much is taken back where that hurts least.
+    while any(have > may for have, may in zip(cost(kept), budget, strict=True)):
+        i = min(
+            (i for i, k in enumerate(kept) if k > 1),
+            key=lambda i: curves[i][kept[i] - 1] - curves[i][kept[i]],
+        )
+        kept[i] -= 1
+    return mapping(kept)
+
+
+def _answers(model: nn.Module, images: Tensor | tuple[Tensor, ...]) -> Tensor:
+    """Log-probabilities, (N, classes)."""
+    batches = zip(*(x.split(BATCH) for x in as_inputs(images)), strict=True)
+    with torch.no_grad(), in_eval_mode(model):
+        return torch.cat([F.log_softmax(tree_flatten(model(*inputs))[0][0], 1) for inputs in batches])
+
+
+def _groups(structure: Structure, ratio: float) -> list[list[str]]:
+    """Names of the layers that are narrowed, those together that are tied, or that cannot be narrowed one by one.
+
+    The halves that a channel shuffle mixes, say, must stay equally wide.
+    """
+    alone, together = [], []
+    for group in _tied(structure):
+        try:
+            choose(structure, dict.fromkeys(group, max(ratio, 1 / _channels(structure, group[0]))))
+        except UsageError:
+            together += group
+        else:
+            alone.append(group)
+    return [*alone, together] if together else alone
+
+
+def _tied(structure: Structure) -> list[list[str]]:
+    found: list[tuple[set[int], list[str]]] = []
+    for m in _narrowed(structure):
+        roots = set(structure.ties.roots(m.ids).tolist())
+        met = [g for g in found if g[0] & roots]
+        found = [g for g in found if g not in met]
+        found.append((roots.union(*(g[0] for g in met)), [n for g in met for n in g[1]] + [m.name]))
+    return [names for _, names in found]
+
+
+def _narrowed(structure: Structure) -> list[Mixer]:
+    mixers = {m.key: m for m in structure.mixers.values()}.values()
+    return [m for m in mixers if not structure.is_fixed(m.ids)]
+
+
+def _channels(structure: Structure, name: str) -> int:
+    return next(len(m.ids) for m in structure.mixers.values() if m.name == name)
+
+
+def _curve(damage: Mapping[float, float], channels: int) -> np.ndarray:
+    """Damage with k = 0 ... C channels: a line between those measured, both on logarithmic scales; never rising with k."""
+    ratios = sorted(damage)
+    x, y = np.log(ratios), np.log(np.maximum([damage[r] for r in ratios], 1e-6))
+    share = np.arange(channels + 1) / channels
+    at = np.log(np.maximum(share, 1e-9))
+    values = np.interp(at, x, y)
+    slope = (y[1] - y[0]) / (x[1] - x[0]) if len(x) > 1 else -1.0
+    values = np.where(at < x[0], y[0] + min(slope, -1.0) * (at - x[0]), values)
+    last = np.exp(y[-1]) * (1 - share) / (1 - ratios[-1])  # nothing is lost where all channels stay
+    curve = np.where(share > ratios[-1], last, np.exp(values))
+    return np.maximum.accumulate(curve[::-1])[::-1]
+
+
+class _Estimate:
+    """Multiply-adds and parameters of k channels a group: of each layer the wide cost times the shares it reads and gives."""
+
+    def __init__(self, structure: Structure, groups: Sequence[Sequence[str]]):
+        self.channels = np.array([_channels(structure, g[0]) for g in groups])
+        of_root: dict[int, int] = {}
+        for i, group in enumerate(groups):
+            for m in structure.mixers.values():
+                if m.name in group:
+                    of_root |= dict.fromkeys(structure.ties.roots(m.ids).tolist(), i)
+
+        def shares(ids: Tensor | None) -> np.ndarray:
+            """Which groups the channels belong to, as shares; the last for those of none."""
+            row = np.zeros(len(groups) + 1)
+            if ids is None:
+                row[-1] = 1
+                return row
+            for r in structure.ties.roots(ids).tolist():
+                row[of_root.get(r, -1)] += 1 / ids.numel()
+            return row
+
+        owners = {x.name: x for x in (*structure.channel_layers.values(), *structure.mixers.values())}
+        rows = costs(structure)
+        self.wide = np.array([[r["multiply_adds"], r["parameters"]] for r in rows], dtype=float)
+        self.reads = np.array([shares(getattr(owners[r["name"]], "ids_in", None)) for r in rows])
+        self.gives = np.array([shares(owners[r["name"]].ids) for r in rows])
+
+    def __call__(self, kept: Sequence[int]) -> np.ndarray:
+        share = np.append(np.array(kept) / self.channels, 1.0)
+        return ((self.reads @ share) * (self.gives @ share)) @ self.wide
+
+
+def _search(uniform: list[int], curves: Sequence[np.ndarray], estimate: _Estimate) -> list[int]:
+    """Exchange channels among groups by simulated annealing, within the uniform widths' cost; the best met.
+
+    Kirkpatrick et al., "Optimization by simulated annealing", 1983. The same numbers are drawn each time.
+    """
+    draw, most = random.Random(0), [len(c) - 1 for c in curves]
+    budget = estimate(uniform)
+
+    def total(kept: Sequence[int]) -> float:
+        return sum(float(c[k]) for c, k in zip(curves, kept, strict=True))
+
+    now, best = list(uniform), list(uniform)
+    now_damage = best_damage = total(uniform)
+    for i in range(EXCHANGES):
+        temperature = best_damage * 0.1 * (1 - i / EXCHANGES) + 1e-9
+        tried = list(now)
+        for _ in range(draw.choice((1, 2, 2, 3))):
+            j = draw.randrange(len(tried))
+            step = draw.choice((-1, 1)) * max(1, round(draw.random() * 0.1 * most[j]))
+            least = max(1, math.ceil(LEAST * most[j]))
+            tried[j] = min(most[j], max(least, tried[j] + step))
+        damage = total(tried)
+        worse = damage - now_damage
+        if worse > 0 and draw.random() >= math.exp(-worse / temperature):
+            continue
+        if (estimate(tried) > budget).any():
+            continue
+        now, now_damage = tried, damage
+        if damage < best_damage:
+            best, best_damage = list(tried), damage
+    return best

@@ -1,0 +1,79 @@
+"""Controls: every method the same images, its own learning rate, nothing run twice."""
+
+import pandas as pd
+import pytest
+import yaml
+from conftest import ROOT
+from hypothesis import given
+from hypothesis import strategies as st
+
+from alphaprune import UsageError
+from alphaprune.controls import COLUMNS, climb, load_controls, main, run, summary
+from alphaprune.experiment import Experiment
+
+GRID = [0.005, 0.01, 0.02, 0.05, 0.1]
+
+
+@given(st.integers(0, 4), st.integers(0, 4))
+def test_climbing_finds_the_top_of_a_hill_and_tries_no_more_than_the_way(top, first):
+    tried = []
+
+    def reached(x):
+        tried.append(x)
+        return -abs(GRID.index(x) - top)
+
+    assert climb(GRID, GRID[first], reached) == GRID[top]
+    assert len(set(tried)) <= abs(top - first) + 3
+
+
+@pytest.fixture
+def prepared(project):
+    pretrain = project / "params" / "smoke" / "pretrain.yaml"
+    pretrain.write_text(pretrain.read_text().replace("max_epochs: 3", "max_epochs: 1"))
+    Experiment("smoke", "pretrain", project).run(lambda line: None)
+    file = project / "params" / "controls.yaml"
+    content = yaml.safe_load(file.read_text())
+    kept = {
+        k: content["methods"][k]
+        for k in ("alphaprune, distilled", "scratch", "torch-pruning L1", "report's recipe")
+    }
+    file.write_text(yaml.safe_dump(content | {"methods": kept, "lrs": [0.01, 0.02], "keep_ratios": [0.5]}))
+    return project
+
+
+def test_the_table_is_written_equal_images_and_nothing_trains_twice(prepared):
+    lines = []
+    table = run("smoke", prepared, seeds=[0, 1], jobs=2, say=lines.append)
+    file = prepared / "results" / "smoke" / "controls.csv"
+    written = pd.read_csv(file)
+    assert list(written.columns) == COLUMNS and len(written) == 8 and len(lines) == 4
+    assert written["params"].nunique() == 1 and written["macs"].nunique() == 1
+    one_stage = written[written["method"] != "report's recipe"]
+    assert set(one_stage["images"]) == {128}
+    assert written[["val_accuracy", "test_accuracy"]].stack().between(0, 100).all()
+    assert written["searched"].eq("0.01 0.02").all()
+    folders = sorted((prepared / "results" / "smoke" / "stages" / "controls").glob("*/run.json"))
+    times = [f.stat().st_mtime_ns for f in folders]
+    file.unlink()
+    pd.testing.assert_frame_equal(table, run("smoke", prepared, seeds=[0, 1], say=lines.append))
+    assert times == [f.stat().st_mtime_ns for f in folders]
+    rows = summary(table)
+    assert (rows["seeds"] == 2).all() and rows["val_mean"].is_monotonic_decreasing
+
+
+def test_the_methods_of_the_project_can_all_be_begun(project):
+    names = [m.split(",")[0].split()[0] for m in load_controls(ROOT).methods]
+    assert set(names) == {"alphaprune", "torch-pruning", "scratch", "report's"}
+
+
+def test_what_is_wrong_is_one_line(prepared, monkeypatch, capsys):
+    monkeypatch.chdir(prepared)
+    with pytest.raises(UsageError, match="method 'torch' is unknown; there are: "):
+        run("smoke", prepared, methods=["torch"])
+    with pytest.raises(SystemExit, match="2"):
+        main(["smoke", "--method", "torch"])
+    assert capsys.readouterr().err.count("\n") == 1
+    file = prepared / "params" / "controls.yaml"
+    file.write_text(file.read_text() + "first_lr: 0.3\n")
+    with pytest.raises(UsageError, match="first_lr"):
+        load_controls(prepared)

@@ -1,0 +1,65 @@
+"""Widths by sensitivity: never dearer than uniform ones, wide where narrowing hurts."""
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from test_any_network import PARTS, Random
+from torch import nn
+
+from alphaprune import ParallelModel, UsageError, plan
+from alphaprune.models import resnet20, vgg16
+from alphaprune.sensitivity import allot, damages
+
+PLAIN = sorted(set(PARTS) - {"grouped residual"})
+
+
+@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    st.lists(st.sampled_from(PLAIN), min_size=1, max_size=3),
+    st.floats(0.3, 0.8),
+    st.randoms(use_true_random=False),
+)
+def test_never_more_than_uniform_and_ties_are_kept(parts, keep_ratio, random):
+    torch.manual_seed(0)
+    network, x = Random(parts, [12] * (len(parts) + 1), "mean").eval(), torch.randn(2, 2, 8, 8)
+    try:
+        uniform = plan(network, keep_ratio, x, latency=False)
+    except UsageError:
+        return
+    found = damages(network, torch.randn(40, 2, 8, 8), ratios=(0.5,))
+    invented = {g: {0.2: random.random() + 1, 0.5: random.random(), 0.8: random.random() / 9} for g in found}
+    ratios = allot(network, invented, keep_ratio, x)
+    chosen = plan(network, ratios, x, latency=False)
+    for cost in ("multiply_adds", "parameters"):
+        assert chosen.share(cost) <= uniform.share(cost)
+    for group in found:
+        assert len({ratios[name] for name in group.split(", ")}) == 1
+    assert ParallelModel(network, ratios, x).keep_ratio == ratios
+
+
+def test_a_layer_that_does_not_matter_is_narrowed_most_and_the_same_comes_out_each_time():
+    torch.manual_seed(0)
+    network = vgg16(0.25).eval()
+    for layer in network.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.running_mean.normal_(0, 0.1)
+    with torch.no_grad():
+        network.features[37].weight[4:] = 0  # 4 of 128 channels say anything
+        network.features[37].bias[4:] = 0
+    x = torch.randn(64, 3, 32, 32)
+    damage = {name: d for name, d in damages(network, x, ratios=(0.1, 0.5)).items()}
+    assert list(damage)[-2] == "features.37" and len(damage) == 13
+    assert damage["features.37"][0.1] < 0.1 * max(d[0.1] for d in damage.values())
+    assert all(d[0.1] >= d[0.5] - 1e-6 for d in damage.values())
+    ratios = allot(network, damage, 0.34375, x[:1])
+    assert ratios["features.37"] <= 0.34375 < max(ratios.values())
+    assert ratios == allot(network, damage, 0.34375, x[:1])
+
+
+def test_tied_layers_are_one_group():
+    network, x = resnet20(0.5).eval(), torch.randn(3, 3, 32, 32)
+    with pytest.warns(UserWarning, match="too few images"):
+        groups = [g.split(", ") for g in damages(network, x, ratios=(0.5,))]
+    assert ["conv", "blocks.0.conv2", "blocks.1.conv2", "blocks.2.conv2"] in groups
+    assert sum(map(len, groups)) == 21  # 19 convolutions of 3 x 3 and two shortcuts; the classifier stays
