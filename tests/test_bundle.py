@@ -88,10 +88,25 @@ def test_the_folder_holds_what_it_says(resnet18):
     assert {p.name for p in folder.iterdir()} - {"__pycache__"} == listed | {"SHA256SUMS"}
     subprocess.run(["sha256sum", "--check", "--strict", "SHA256SUMS"], cwd=folder, check=True)
     record = json.loads((folder / "certificate.json").read_text())
-    assert Certificate.from_record(record) == certificate
+    assert Certificate.from_record(record) == certificate and record["weights_as_certified"] is True
+    assert f"{certificate.weights_sha256}  weights.safetensors" in (folder / "SHA256SUMS").read_text()
     assert json.loads((folder / "record.json").read_text()) == {"seed": 0}
     widths = json.loads((folder / "widths.json").read_text())
     assert (widths["conv1"]["in_channels"], widths["conv1"]["out_channels"]) == (3, 22)
+
+
+def test_a_certificate_of_other_weights_is_said_to_be_one(resnet18, tmp_path):
+    small, certificate, folder = resnet18
+    trained = copy.deepcopy(small)
+    with torch.no_grad():
+        trained.fc.bias[0] += 1
+    with pytest.warns(UserWarning, match="certificate is of other weights than these"):
+        save_bundle(trained, tmp_path / "trained", IMAGE, certificate, onnx=False)
+    record = json.loads((folder / "certificate.json").read_text())
+    older = Certificate.from_record({k: v for k, v in record.items() if not k.startswith("weights_")})
+    save_bundle(small, tmp_path / "older", IMAGE, older, onnx=False)
+    found = [json.loads((tmp_path / f / "certificate.json").read_text()) for f in ("trained", "older")]
+    assert [f["weights_as_certified"] for f in found] == [False, None]
 
 
 def test_onnx_runtime_gives_the_same_for_another_number_of_images(resnet18):
@@ -177,8 +192,14 @@ def test_apply_widths_narrows_torchvisions_own_class(resnet18):
     network.load_state_dict(module.weights())
     assert type(network) is torchvision.models.ResNet and repr(network) == repr(small)
     assert same(network.eval()(IMAGE), small(IMAGE))
-    with pytest.raises(ValueError, match=r"VGG has no layer 'bn1'"):
-        module.apply_widths(models.vgg16(0.125))
+    for other, message in (
+        (models.vgg16(0.125), "VGG has no layer 'bn1'; make it as"),
+        (torchvision.models.resnet34(), r"ResNet has a layer 'layer1\.2\.conv1' that the narrowed"),
+    ):
+        before = {name: t.shape for name, t in other.state_dict().items()}
+        with pytest.raises(ValueError, match=message):
+            module.apply_widths(other)
+        assert before == {name: t.shape for name, t in other.state_dict().items()}
 
 
 def everything(x):

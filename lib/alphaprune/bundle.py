@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from alphaprune.compare import close, first_difference, run
@@ -27,7 +26,7 @@ from alphaprune.fold import Certificate
 from alphaprune.model_file import model_source
 from alphaprune.onnx_file import check_installed, save_onnx
 from alphaprune.parallel import ParallelModel
-from alphaprune.storage import write_bytes, write_json
+from alphaprune.storage import as_bytes, write_bytes, write_json
 from alphaprune.trace import MIXING_LAYERS, NORMS, as_inputs
 
 WEIGHTS, SUMS, ONNX = "weights.safetensors", "SHA256SUMS", "model.onnx"
@@ -60,7 +59,8 @@ def save_bundle(
         small: what `fold` gave, or any network. It is not changed; what is written is on the CPU and in eval mode.
         folder: a new one, or a bundle, which is replaced.
         example_input: a batch as the network expects it, (N, C, H, W); a tuple of tensors for several inputs.
-        certificate: of the fold.
+        certificate: of the fold. `weights_as_certified` in its file says whether it is of these very weights: true, false,
+            as after more training, with a warning, or null where an older certificate does not tell.
         record: anything JSON holds.
         onnx: whether to write `model.onnx`.
 
@@ -90,8 +90,8 @@ def save_bundle(
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     temporary.mkdir(parents=True)
     try:
-        tensors = {k: t.detach().clone().contiguous() for k, t in network.state_dict().items()}
-        write_bytes(temporary / WEIGHTS, save(tensors))
+        weights = as_bytes(network.state_dict())
+        write_bytes(temporary / WEIGHTS, weights)
         widths = _widths(network)
         write_json(temporary / "widths.json", widths)
         source, reason = model_source(network)
@@ -99,7 +99,15 @@ def save_bundle(
             warnings.warn(f"{reason}; model.py offers apply_widths() instead", stacklevel=2)
         write_bytes(temporary / "model.py", source.encode())
         if certificate is not None:
-            write_json(temporary / "certificate.json", dataclasses.asdict(certificate))
+            as_certified = _as_certified(certificate, weights)
+            content = dataclasses.asdict(certificate) | {"weights_as_certified": as_certified}
+            write_json(temporary / "certificate.json", content)
+            if as_certified is False:
+                warnings.warn(
+                    "the certificate is of other weights than these, of earlier ones or of another network; "
+                    "certificate.json says so",
+                    stacklevel=2,
+                )
         if record is not None:
             _write_record(temporary / "record.json", record)
         if onnx:
@@ -136,6 +144,13 @@ def _put_in_place(temporary: Path, folder: Path) -> None:
             os.replace(old, folder)
         raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _as_certified(certificate: Certificate, weights: bytes) -> bool | None:
+    """Whether a certificate is of these weights; None for one of a time when certificates did not say of which."""
+    if certificate.weights_sha256 is None:
+        return None
+    return certificate.weights_sha256 == hashlib.sha256(weights).hexdigest()
 
 
 def _write_record(path: Path, record: dict[str, Any]) -> None:

@@ -7,7 +7,8 @@ the certificate proves it by running both on the same images.
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+import hashlib
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from alphaprune.errors import UsageError
 from alphaprune.graph import Mixer, attribute
 from alphaprune.modes import in_eval_mode
 from alphaprune.parallel import ParallelModel
+from alphaprune.storage import as_bytes
 from alphaprune.trace import as_inputs
 
 # Largest difference, relative to the largest value, that rounding explains.
@@ -41,6 +43,8 @@ class Certificate:
         images: how many images were compared.
         dtype: of the weights and images.
         alpha: of the unfolded network. Anything but 0.0 means that a fold was forced.
+        weights_sha256: of the folded network's state dict as a safetensors file, which says of which weights all this
+            was found; None in older records.
     """
 
     layers: tuple[tuple[str, float, float], ...]
@@ -51,6 +55,7 @@ class Certificate:
     images: int
     dtype: str
     alpha: float | tuple[float, ...]
+    weights_sha256: str | None = None
 
     @property
     def relative(self) -> float:
@@ -74,10 +79,10 @@ class Certificate:
 
     @classmethod
     def from_record(cls, record: dict[str, Any]) -> Certificate:
-        """The certificate that `dataclasses.asdict` wrote and JSON returned, lists for tuples."""
+        """The certificate that `dataclasses.asdict` wrote and JSON returned, lists for tuples; other keys are passed over."""
         alpha = record["alpha"]
         return cls(
-            **record
+            **{f.name: record[f.name] for f in fields(cls) if f.name in record}
             | {
                 "layers": tuple(tuple(row) for row in record["layers"]),
                 "alpha": tuple(alpha) if isinstance(alpha, list) else alpha,
@@ -203,17 +208,20 @@ def _certify(model: ParallelModel, small: nn.Module, images: tuple[Tensor, ...])
         for name, z in narrow.items()
         if name in found
     )
-    return compare(tensors(output), tensors(folded), layers, len(images[0]), model.alpha)
+    return compare(small, tensors(output), tensors(folded), layers, len(images[0]), model.alpha)
 
 
 def compare(
+    small: nn.Module,
     outputs: list[Tensor],
     folded: list[Tensor],
     layers: tuple[tuple[str, float, float], ...],
     images: int,
     alpha: float | tuple[float, ...],
 ) -> Certificate:
-    """The certificate of two networks' outputs on the same images, the unfolded one's first; see `Certificate`."""
+    """The certificate of `small` from two networks' outputs on the same images, the unfolded one's first; see
+    `Certificate`."""
+    weights = {name: t for name, t in small.state_dict().items() if isinstance(t, Tensor)}
     differences = [(a - b).abs().max().item() for a, b in zip(outputs, folded, strict=True)]
     largest = [a.abs().max().item() for a in outputs]
     worst = max(range(len(outputs)), key=lambda i: differences[i] / (largest[i] or 1))
@@ -226,6 +234,7 @@ def compare(
         images=images,
         dtype=str(outputs[0].dtype).removeprefix("torch."),
         alpha=alpha,
+        weights_sha256=hashlib.sha256(as_bytes(weights)).hexdigest(),
     )
 
 

@@ -54,21 +54,25 @@ def apply_widths(network):
     """Give an instance of the original class the widths of widths.json: weights() then load into it.
 
     The network is changed and returned. The weights it had are lost where shapes change. Tensors that its state dict
-    does not hold stay as they are; a class whose forward() reads narrowed ones needs load().
+    does not hold stay as they are; a class whose forward() reads narrowed ones needs load(). ValueError, and nothing is
+    changed, if its layers are not those that were narrowed.
     """
     return resize(network, json.loads((FOLDER / "widths.json").read_text()))
 
 
 def resize(network, widths):
     """Numbers of channels and shapes by the name of the layer; two layers share a tensor where `widths` says so."""
+    layers = dict(network.named_modules())
+    lacking = [f"no layer {name!r}" for name in widths if name not in layers]
+    own = {name for name, m in layers.items() if any(p is not None and p.dim() for p in m._parameters.values())}
+    more = [f"a layer {name!r} that the narrowed network has not" for name in layers if name in own - set(widths)]
+    if lacking or more:
+        raise ValueError(
+            f"{type(network).__name__} has {(lacking + more)[0]}; make it as the network that was narrowed was made"
+        )
     seen = {}
     for name, numbers in widths.items():
-        try:
-            layer = network.get_submodule(name)
-        except AttributeError:
-            raise ValueError(
-                f"{type(network).__name__} has no layer {name!r}; make it as the network that was narrowed was made"
-            ) from None
+        layer = layers[name]
         for key, shape in numbers["shapes"].items():
             held = layer._parameters if layer._parameters.get(key) is not None else layer._buffers
             if (old := held.get(key)) is None:

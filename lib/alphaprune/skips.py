@@ -124,7 +124,7 @@ def remove_skips(
     inputs = as_inputs(images)
     with in_eval_mode(model):
         outputs, found = (tensors(f(*inputs)) for f in (model, plain.eval()))
-    return plain.requires_grad_(True), compare(outputs, found, (), len(inputs[0]), model.alpha)
+    return plain.requires_grad_(True), compare(plain, outputs, found, (), len(inputs[0]), model.alpha)
 
 
 def _shortcuts(traced: Trace) -> dict[str, str]:

@@ -35,9 +35,15 @@ def write_json(path: Path, content: Any) -> None:
     write_bytes(path, (json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n").encode())
 
 
+def as_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> bytes:
+    """Tensors as the content of a safetensors file: the same for the same names and values, on any device."""
+    # Cloned, since safetensors takes no two tensors that share memory.
+    return save({k: t.detach().cpu().clone().contiguous() for k, t in tensors.items()}, metadata)
+
+
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> str:
     """Write tensors as safetensors, and beside them a file `<name>.sha256`. Returns the SHA-256."""
-    content = save({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, dict(metadata or {}))
+    content = as_bytes(tensors, dict(metadata or {}))
     digest = hashlib.sha256(content).hexdigest()
     write_bytes(path, content)
     write_bytes(path.with_name(path.name + ".sha256"), f"{digest}  {path.name}\n".encode())
