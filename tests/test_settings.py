@@ -153,6 +153,7 @@ def test_unknown_preset_and_experiment_list_what_there_is(project):
     with pytest.raises(UsageError, match="preset 'slow' is unknown; there are: quick, report, smoke"):
         load_settings("slow", "fig4", project)
     with pytest.raises(
-        UsageError, match="experiment 'fig9' is unknown in preset 'smoke'; there are: controls, earlier_run, fig1"
+        UsageError,
+        match="experiment 'fig9' is unknown in preset 'smoke'; there are: .*earlier_run, fig1",
     ):
         load_settings("smoke", "fig9", project)

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from alphaprune import UsageError
-from alphaprune.controls import COLUMNS, climb, load_controls, main, run, summary
+from alphaprune.comparison import COLUMNS, climb, compare, load_comparison, main, summary
 from alphaprune.experiment import Experiment
 
 GRID = [0.005, 0.01, 0.02, 0.05, 0.1]
@@ -43,7 +43,7 @@ def prepared(project):
 
 def test_the_table_is_written_equal_images_and_nothing_trains_twice(prepared):
     lines = []
-    table = run("smoke", prepared, seeds=[0, 1], jobs=2, say=lines.append)
+    table = compare("controls", "smoke", prepared, seeds=[0, 1], jobs=2, say=lines.append)
     file = prepared / "results" / "smoke" / "controls.csv"
     written = pd.read_csv(file)
     assert list(written.columns) == COLUMNS and len(written) == 8 and len(lines) == 4
@@ -55,25 +55,39 @@ def test_the_table_is_written_equal_images_and_nothing_trains_twice(prepared):
     folders = sorted((prepared / "results" / "smoke" / "stages" / "controls").glob("*/run.json"))
     times = [f.stat().st_mtime_ns for f in folders]
     file.unlink()
-    pd.testing.assert_frame_equal(table, run("smoke", prepared, seeds=[0, 1], say=lines.append))
+    pd.testing.assert_frame_equal(
+        table, compare("controls", "smoke", prepared, seeds=[0, 1], say=lines.append)
+    )
     assert times == [f.stat().st_mtime_ns for f in folders]
     rows = summary(table)
     assert (rows["seeds"] == 2).all() and rows["val_mean"].is_monotonic_decreasing
 
 
+def test_longer_budgets_train_on_more_images_and_rows_of_earlier_calls_stay(prepared):
+    file = prepared / "params" / "controls.yaml"
+    file.write_text(file.read_text() + "budgets: [2]\n")
+    only = {"methods": ["scratch"], "say": lambda line: None}
+    table = compare("controls", "smoke", prepared, budgets=True, **only)
+    assert list(table["images"]) == [128, 256] and table["lr"].nunique() == 1
+    assert table["start_accuracy"].nunique() == 1  # the same network, before any training
+    compare("controls", "smoke", prepared, methods=["torch-pruning L1"], budgets=True, say=lambda line: None)
+    written = pd.read_csv(prepared / "results" / "smoke" / "controls_budgets.csv")
+    assert list(written["method"]) == ["scratch"] * 2 + ["torch-pruning L1"] * 2
+
+
 def test_the_methods_of_the_project_can_all_be_begun(project):
-    names = [m.split(",")[0].split()[0] for m in load_controls(ROOT).methods]
+    names = [m.split(",")[0].split()[0] for m in load_comparison("controls", ROOT).methods]
     assert set(names) == {"alphaprune", "torch-pruning", "scratch", "report's"}
 
 
 def test_what_is_wrong_is_one_line(prepared, monkeypatch, capsys):
     monkeypatch.chdir(prepared)
     with pytest.raises(UsageError, match="method 'torch' is unknown; there are: "):
-        run("smoke", prepared, methods=["torch"])
+        compare("controls", "smoke", prepared, methods=["torch"])
     with pytest.raises(SystemExit, match="2"):
-        main(["smoke", "--method", "torch"])
+        main(["controls", "smoke", "--method", "torch"])
     assert capsys.readouterr().err.count("\n") == 1
     file = prepared / "params" / "controls.yaml"
     file.write_text(file.read_text() + "first_lr: 0.3\n")
     with pytest.raises(UsageError, match="first_lr"):
-        load_controls(prepared)
+        load_comparison("controls", prepared)

@@ -1,0 +1,305 @@
+"""Several methods on the same images, each with its own best learning rate.
+
+    python -m alphaprune.comparison controls quick --jobs 2
+
+The methods are data: `params/<name>.yaml` holds stages and settings, `params/<preset>/<name>.yaml` what all of them share. Each method
+gets its learning rate from the same search on the validation images, with the first seed; the other seeds run with that rate. The epochs
+of the preset are divided evenly among a method's stages, so that all see the same number of images. What has run is recorded, stage by
+stage, and not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import pandas as pd
+import torch
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from alphaprune import data as images
+from alphaprune.errors import UsageError
+from alphaprune.experiment import Experiment
+from alphaprune.fold import fold
+from alphaprune.measure import multiply_adds, parameters
+from alphaprune.parallel import ParallelModel
+from alphaprune.settings import load_settings, project_root
+from alphaprune.storage import write_bytes, write_json
+from alphaprune.train import evaluate
+
+COLUMNS = [
+    "method", "seed", "keep_ratio", "images", "seconds", "params", "macs", "val_accuracy", "test_accuracy", "start_accuracy", "lr",
+    "searched",
+]  # fmt: skip
+
+
+class Method(BaseModel):
+    """Stages with `{lr}` for the learning rate, and settings that replace the experiment's."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    stages: Annotated[list[dict[str, Any]], Field(min_length=1)]
+    settings: dict[str, Any] = {}
+
+    def stages_at(self, lr: float) -> list[dict[str, Any]]:
+        def filled(value: Any) -> Any:
+            if value == "{lr}":
+                return lr
+            return value.replace("{lr}", f"{lr:g}") if isinstance(value, str) else value
+
+        return [{key: filled(value) for key, value in stage.items()} for stage in self.stages]
+
+
+class Comparison(BaseModel):
+    """What `params/<name>.yaml` holds."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    lrs: Annotated[list[float], Field(min_length=1)]
+    first_lr: float
+    seeds: Annotated[list[int], Field(min_length=1)]
+    keep_ratios: Annotated[list[float], Field(min_length=1)]
+    budgets: list[Annotated[float, Field(gt=0)]] = []  # further ones, in multiples of the preset's epochs
+    methods: dict[str, Method]
+
+
+def load_comparison(name: str, root: Path) -> Comparison:
+    """Read and check `params/<name>.yaml`."""
+    file = root / "params" / f"{name}.yaml"
+    try:
+        found = Comparison.model_validate(yaml.safe_load(file.read_text(encoding="utf-8")))
+    except (OSError, yaml.YAMLError, ValidationError) as e:
+        raise UsageError(f"{file}: {' '.join(str(e).split())[:200]}") from None
+    if found.first_lr not in found.lrs:
+        raise UsageError(f"{file}: first_lr {found.first_lr:g} is none of lrs")
+    return found
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What one process does at a time: a method at a keep_ratio, all seeds of it or all budgets."""
+
+    name: str
+    preset: str
+    root: Path
+    method: str
+    keep_ratio: float
+    seeds: tuple[int, ...]
+    budgets: tuple[float, ...] = (1.0,)
+
+
+def compare(
+    name: str,
+    preset: str,
+    root: Path | None = None,
+    methods: Sequence[str] = (),
+    keep_ratios: Sequence[float] = (),
+    seeds: Sequence[int] = (),
+    jobs: int = 1,
+    budgets: bool = False,
+    say: Callable[[str], None] = print,
+) -> pd.DataFrame:
+    """Run what is not recorded yet and write `results/<preset>/<name>.csv`, or with budgets `<name>_budgets.csv`.
+
+    Args:
+        name: of the comparison, a file in params/.
+        preset: a folder in params/ that has an experiment of that name.
+        root: the project's folder; found from the working directory if None.
+        methods, keep_ratios, seeds: only these; all that the file names if empty.
+        jobs: methods that run at once, each in a process of its own.
+        budgets: train for the file's further budgets, with the first seed at the first keep_ratio and the rate that was
+            found for the budget of the preset, which is in the table too.
+        say: takes the lines of progress.
+
+    Returns:
+        The table, `COLUMNS`, of what was asked for; accuracies in percent, `images` and `seconds` of the whole training, `seconds`
+        with the making of the network before it, `start_accuracy` of the validation images before any training, `searched` the learning
+        rates tried. The file has the rows of earlier calls as well.
+    """
+    root = root or project_root()
+    plan = load_comparison(name, root)
+    if unknown := set(methods) - set(plan.methods):
+        raise UsageError(f"method {sorted(unknown)[0]!r} is unknown; there are: {'; '.join(plan.methods)}")
+    seeds, ratios = tuple(seeds or plan.seeds), list(keep_ratios or plan.keep_ratios)
+    if budgets:
+        seeds, ratios = seeds[:1], ratios[:1]
+    work = [
+        _Task(name, preset, root, method, ratio, seeds, (1.0, *plan.budgets) if budgets else (1.0,))
+        for ratio in ratios
+        for method in methods or plan.methods
+    ]
+    target = root / "results" / preset / (f"{name}_budgets.csv" if budgets else f"{name}.csv")
+    earlier = pd.read_csv(target) if target.is_file() else pd.DataFrame(columns=COLUMNS)
+    rows: dict[int, list[dict[str, Any]]] = {}
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+        waiting = {pool.submit(_run, task): i for i, task in enumerate(work)}
+        for done in as_completed(waiting):
+            i = waiting[done]
+            rows[i] = done.result()
+            scores = ", ".join(f"{r['val_accuracy']:.1f}" for r in rows[i])
+            say(
+                f"[{len(rows)}/{len(work)}] {work[i].method}, keep_ratio {work[i].keep_ratio:g}: {scores} % validation, lr {rows[i][0]['lr']:g}"
+            )
+            table = pd.DataFrame([r for j in sorted(rows) for r in rows[j]], columns=COLUMNS)
+            write_bytes(
+                target, _merged(earlier, table, plan).to_csv(index=False, float_format="%.6g").encode()
+            )
+    return table
+
+
+def _merged(earlier: pd.DataFrame, table: pd.DataFrame, plan: Comparison) -> pd.DataFrame:
+    """Rows of earlier calls and new ones, the new ones in place of their like; in the order of the file."""
+    like = ["method", "seed", "keep_ratio", "images"]
+    both = pd.concat([t for t in (earlier, table) if len(t)], ignore_index=True)
+    both = both[both["method"].isin(plan.methods)].drop_duplicates(like, keep="last")
+    place = {m: i for i, m in enumerate(plan.methods)}
+    order = both.assign(m=both["method"].map(place)).sort_values(["keep_ratio", "m", "images", "seed"])
+    return order.drop(columns="m").reset_index(drop=True)
+
+
+def summary(table: pd.DataFrame) -> pd.DataFrame:
+    """Mean and standard deviation over seeds, a row a method and keep_ratio, best first."""
+    grouped = table.groupby(["keep_ratio", "method"], sort=False)
+    columns = {
+        "seeds": grouped["seed"].nunique(),
+        "lr": grouped["lr"].first(),
+        "val_mean": grouped["val_accuracy"].mean(),
+        "val_std": grouped["val_accuracy"].std(),
+        "test_mean": grouped["test_accuracy"].mean(),
+        "test_std": grouped["test_accuracy"].std(),
+        "params": grouped["params"].first(),
+        "macs": grouped["macs"].first(),
+        "seconds": grouped["seconds"].mean(),
+    }
+    found = pd.DataFrame(columns).reset_index()
+    return found.sort_values(["keep_ratio", "val_mean"], ascending=False, ignore_index=True)
+
+
+def _run(task: _Task) -> list[dict[str, Any]]:
+    """All seeds and budgets of a method, the first of them with every learning rate that the search asks for."""
+    plan = load_comparison(task.name, task.root)
+    method = plan.methods[task.method]
+
+    def train(lr: float, seed: int, budget: float = 1.0) -> Experiment:
+        shared = {
+            **method.settings,
+            "keep_ratio": task.keep_ratio,
+            "seed": seed,
+            "stages": method.stages_at(lr),
+        }
+        settings = load_settings(task.preset, task.name, task.root, **shared)
+        epochs = max(round(budget * settings.max_epochs / len(settings.stages)), 1)
+        experiment = Experiment(task.preset, task.name, task.root, max_epochs=epochs, **shared)
+        experiment.run(lambda line: None)
+        return experiment
+
+    tried: dict[float, float] = {}
+
+    def reached(lr: float) -> float:
+        if lr not in tried:
+            found = train(lr, task.seeds[0])
+            tried[lr] = found.record(found.stages[-1].name)["metrics"]["val_accuracy"]
+        return tried[lr]
+
+    best = climb(sorted(plan.lrs), plan.first_lr, reached)
+    shared = {
+        "method": task.method,
+        "keep_ratio": task.keep_ratio,
+        "lr": best,
+        "searched": " ".join(f"{x:g}" for x in sorted(tried)),
+    }
+    return [
+        shared | {"seed": seed} | _measure(train(best, seed, budget))
+        for seed in task.seeds
+        for budget in task.budgets
+    ]
+
+
+def climb(grid: Sequence[float], first: float, reached: Callable[[float], float]) -> float:
+    """The value of a grid that is better than both its neighbours, found by climbing from `first`."""
+    i = grid.index(first)
+    while True:
+        around = [j for j in (i, i - 1, i + 1) if 0 <= j < len(grid)]
+        best = max(around, key=lambda j: reached(grid[j]))
+        if best == i:
+            return grid[i]
+        i = best
+
+
+@torch.no_grad()
+def _measure(experiment: Experiment) -> dict[str, Any]:
+    """What the last stage's network, folded if it has branches, costs and scores; the test images are read once."""
+    last = experiment.stages[-1]
+    outcomes = [experiment.record(n.name)["outcome"] for n in experiment.stages]
+    seconds = sum(o["seconds"] + o["start_seconds"] for o in outcomes) + experiment.seconds_for_widths()
+    file = experiment.folder(last) / "final.json"
+    if not file.is_file():
+        model = experiment.model(last.name)
+        if isinstance(model, ParallelModel):
+            model = fold(model)[0]
+        test = images.load_test(experiment.settings.data)
+        final = {
+            "params": parameters(model),
+            "macs": multiply_adds(model, experiment.example_image()),
+            "test_accuracy": 100 * evaluate(model, test)[1],
+        }
+        write_json(file, final)
+    begun = experiment.stage_history(experiment.stages[0].name)
+    start = begun[(begun["split"] == "val") & (begun["metric"] == "accuracy")]["value"].iloc[0]
+    return {
+        "start_accuracy": 100 * start,
+        "images": sum(o["images"] for o in outcomes),
+        "seconds": seconds,
+        "val_accuracy": 100 * experiment.record(last.name)["metrics"]["val_accuracy"],
+        **json.loads(file.read_text()),
+    }
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m alphaprune.comparison", description="Run several methods on the same images."
+    )
+    parser.add_argument("name", help="a file in params/, such as controls")
+    parser.add_argument("preset")
+    parser.add_argument("--method", action="append", default=[], help="only this; may be given several times")
+    parser.add_argument("--keep-ratio", action="append", default=[], type=float)
+    parser.add_argument("--seed", action="append", default=[], type=int)
+    parser.add_argument("--jobs", type=int, default=1, help="methods at once")
+    parser.add_argument(
+        "--budgets", action="store_true", help="the file's further budgets, first seed and ratio"
+    )
+    args = parser.parse_args(arguments)
+
+    def say(line: str) -> None:
+        print(line, flush=True)
+
+    try:
+        table = compare(
+            args.name,
+            args.preset,
+            None,
+            args.method,
+            args.keep_ratio,
+            args.seed,
+            args.jobs,
+            args.budgets,
+            say,
+        )
+        print(
+            (table if args.budgets else summary(table)).to_string(index=False, float_format="{:.4g}".format)
+        )
+    except UsageError as e:
+        print(f"alphaprune: {e}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()
