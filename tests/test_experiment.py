@@ -291,3 +291,56 @@ def test_an_adaptive_schedule_ends_at_0_and_goes_on_where_it_stopped(small):
     stages_of(small, [{"name": "plain", "lr": 0.01, "from": "base"}], adaptive=adaptive | {"from": "plain"})
     with pytest.raises(UsageError, match="which has no alpha; name a stage that has"):
         Experiment("smoke", "fig4", small)
+
+
+def test_refit_puts_fitted_branches_beside_the_wide_weights_of_a_stuck_stage(small):
+    file = small / "params" / "smoke" / "freed.yaml"
+    stages = [
+        {"name": "freed", "alpha": 0.0, "lr": 0.01, "from": "fig4/a0.5-lr0.01", "refit": "least_squares"},
+        {
+            "name": "folded",
+            "narrow": "fold",
+            "lr": 0.01,
+            "from": "fig4/a0.5-lr0.01",
+            "refit": "least_squares",
+        },
+        {"name": "on", "alpha": 0.0, "lr": 0.01, "from": "freed"},
+    ]
+    file.write_text(yaml.safe_dump({"title": "t", "stages": stages}))
+    experiment, history, _ = run(small, "freed")
+    starts = history[(history["step"] == 0) & (history["metric"] == "accuracy") & (history["split"] == "val")]
+    begun = starts.groupby("stage")["value"].first()
+    assert begun["freed"] == begun["folded"]  # folding is exact
+    wide = experiment._wide_program(experiment.find("fig4/a0.5-lr0.01"))
+    stuck = experiment.model("fig4/a0.5-lr0.01").network.state_dict()
+    for name, value in wide.state_dict().items():
+        if "running" not in name and "num_batches" not in name:
+            assert torch.equal(value, stuck[name])
+    val = data.load("sample").val.first(64)
+    small_network = fold(experiment.model("on"))[0]
+    assert parameters(small_network) == parameters(experiment.model("folded"))
+    assert evaluate(experiment.model("on"), val)[1] == evaluate(small_network, val)[1]
+
+
+@pytest.mark.parametrize(
+    ("stage", "message"),
+    [
+        (
+            {"lr": 0.1, "from": "base", "refit": "least_squares"},
+            "refit makes new branches; give the stage an alpha",
+        ),
+        (
+            {"alpha": 0.5, "lr": 0.1, "from": "base", "refit": "least_squares"},
+            "refit needs a stage with branches",
+        ),
+        (
+            {"alpha": 0.5, "lr": 0.1, "from": "pretrain/base", "refit": "least_squares"},
+            "refit needs a stage with branches",
+        ),
+    ],
+)
+def test_refit_needs_branches(small, stage, message):
+    file = small / "params" / "smoke" / "freed.yaml"
+    file.write_text(yaml.safe_dump({"title": "t", "stages": [stage]}))
+    with pytest.raises(UsageError, match=message):
+        Experiment("smoke", "freed", small)

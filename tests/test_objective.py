@@ -59,7 +59,7 @@ def test_layers_match_where_all_channels_stay_and_only_there():
         made.alpha = 0.0
         gap = loss(made, teacher, match_layers=1.0) - loss(made)
         assert (gap.abs() < 1e-5) == same
-        assert made.read_narrow is None
+        assert made.observer is None
 
 
 def test_matching_layers_trains_them_to_match():

@@ -154,6 +154,6 @@ def test_unknown_preset_and_experiment_list_what_there_is(project):
         load_settings("slow", "fig4", project)
     with pytest.raises(
         UsageError,
-        match="experiment 'fig9' is unknown in preset 'smoke'; there are: .*earlier_run, fig1",
+        match=r"experiment 'fig9' is unknown in preset 'smoke'; there are: .*earlier_run, fig1",
     ):
         load_settings("smoke", "fig9", project)

@@ -9,6 +9,7 @@ again, whichever experiment or machine recorded it. Run one experiment, and what
 from __future__ import annotations
 
 import argparse
+import copy
 import hashlib
 import json
 import shutil
@@ -23,8 +24,10 @@ import pandas as pd
 import torch
 import yaml
 from torch import nn
+from torch.optim.swa_utils import update_bn
 
 from alphaprune import data as images
+from alphaprune.blend import wide_share
 from alphaprune.errors import UsageError
 from alphaprune.fold import fold
 from alphaprune.models import NETWORKS
@@ -51,6 +54,8 @@ NARROWING_VERSION = 1
 # Part of the identity of widths by sensitivity. Raise it when what is measured changes.
 SENSITIVITY_VERSION = 1
 SENSITIVITY_IMAGES = 1000  # at most
+STATISTICS_BATCH = 250  # images, for BatchNorm
+SHARE_IMAGES = 500  # at most, for `wide_share`
 SCRATCH, BASE = "scratch", "base"
 COLUMNS = ["experiment", "stage", "alpha", "lr", "step", "epoch", "split", "metric", "value"]
 
@@ -182,6 +187,10 @@ class Experiment:
     def _check_descent(name: str, settings: Settings, stage: Stage, parent: _Node | str) -> None:
         if stage.narrow and stage.narrow != "fold" and parent != BASE:
             raise UsageError(f"stage '{name}': narrow: {stage.narrow} needs `from: base`")
+        if stage.refit and (not isinstance(parent, _Node) or parent.stage.alpha is None):
+            raise UsageError(
+                f"stage '{name}': refit needs a stage with branches to start from, not '{stage.parent}'"
+            )
         if not isinstance(parent, _Node):
             return
         if parent.narrowed_at and (stage.alpha is not None or stage.narrow):
@@ -218,7 +227,7 @@ class Experiment:
                 "keep_ratio": settings.keep_ratio if branches or narrow else None,
                 **({"anneal": settings.anneal, "branches": BRANCHES_VERSION} if branches else {}),
                 **({"narrowing": NARROWING_VERSION} if narrow else {}),
-                **(self._init_identity(settings) if branches or narrow else {}),
+                **(self._init_identity(settings, stage) if branches or narrow else {}),
                 **(
                     {"widths": self._ratios(settings)}
                     if (branches or narrow) and settings.widths != "uniform"
@@ -231,8 +240,8 @@ class Experiment:
         return hashlib.sha256(json.dumps(determines, sort_keys=True).encode()).hexdigest()
 
     @staticmethod
-    def _init_identity(settings: Settings) -> dict[str, Any]:
-        if settings.init == "random":
+    def _init_identity(settings: Settings, stage: Stage) -> dict[str, Any]:
+        if settings.init == "random" and not stage.refit:
             return {}
         return {"init": settings.init, "init_images": settings.init_images}
 
@@ -389,9 +398,18 @@ class Experiment:
             model.alpha = alpha
             return accuracy
 
+        def share() -> dict[str, float]:
+            """How much of what mixers read comes from the wide program, the mean over them."""
+            if not isinstance(model, ParallelModel) or stage.alpha == 0:
+                return {}
+            seen = next(images.batches(val.to(next(model.parameters()).device), SHARE_IMAGES))[0]
+            found = wide_share(model, seen)
+            return {"wide_share": sum(found.values()) / len(found)} if found else {}
+
         def measure(epoch: int) -> dict[str, float]:
-            due = stage.alpha is not None and epoch % s.fold_now_every == 0
-            return {"fold_now_running": fold_now()} if due else {}
+            if stage.alpha is None or epoch % s.fold_now_every:
+                return {}
+            return {"fold_now_running": fold_now(), **share()}
 
         recipe = s.recipe(stage)
         outcome = fit(
@@ -420,7 +438,7 @@ class Experiment:
             if node.narrowed_at is not node:
                 model.load_state_dict(load_tensors(self.folder(node.parent) / "weights.safetensors")[0])
             return model
-        if isinstance(node.parent, _Node) and node.parent.stage.alpha is not None:
+        if isinstance(node.parent, _Node) and node.parent.stage.alpha is not None and not node.stage.refit:
             model = self._parallel(node)
             model.load_state_dict(load_tensors(self.folder(node.parent) / "weights.safetensors")[0])
         elif node.stage.alpha is None:
@@ -447,7 +465,7 @@ class Experiment:
             return torch_pruning(
                 self._pretrained(s), s.keep_ratio, how.rpartition("-")[2], self.example_image()
             )
-        if isinstance(node.parent, _Node):
+        if isinstance(node.parent, _Node) and not node.stage.refit:
             model = self._parallel(node.parent)
             model.load_state_dict(load_tensors(self.folder(node.parent) / "weights.safetensors")[0])
         else:
@@ -468,6 +486,13 @@ class Experiment:
             network.load_state_dict(load_tensors(self.folder(node.parent) / "weights.safetensors")[0])
         return network
 
+    def _wide_program(self, node: _Node) -> nn.Module:
+        """The wide network of a stage with branches, as it is without them: its BatchNorms measure their statistics anew."""
+        network = copy.deepcopy(self.model(node.name).network)
+        seen = self._first_images(node.settings).split(STATISTICS_BATCH)
+        update_bn(seen, network)
+        return network.eval()
+
     def _pretrained(self, settings: Settings) -> nn.Module:
         network = NETWORKS[settings.network](settings.width)
         try:
@@ -485,16 +510,19 @@ class Experiment:
         `fitted` starts them as the settings' `init` says; without, they wait for weights to be loaded.
         """
         first = node
-        while isinstance(first.parent, _Node) and first.parent.stage.alpha is not None:
+        while (
+            not first.stage.refit and isinstance(first.parent, _Node) and first.parent.stage.alpha is not None
+        ):
             first = first.parent
-        network = self._network(first)
+        network = self._wide_program(first.parent) if first.stage.refit else self._network(first)
         if node.settings.anneal == "skips":
             return SkipModel(network, self.example_image())
         torch.manual_seed(derive_seed(node.settings.seed, "branches"))
         s = node.settings
+        init = node.stage.refit or s.init
         options: dict[str, Any] = {}
-        if fitted and s.init != "random":
-            options = {"init": s.init, "images": self._first_images(s)}
+        if fitted and init != "random":
+            options = {"init": init, "images": self._first_images(s)}
         return ParallelModel(network, self._ratios(s), self.example_image(), **options)
 
     def model(self, name: str) -> nn.Module:

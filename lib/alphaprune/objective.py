@@ -132,9 +132,9 @@ class Loss:
         alpha = model.alpha if o.draw != "fixed" else None
         if alpha is not None:
             model.alpha = drawn(o.draw, alpha, len(model.expand))
-        narrow: dict[str, Tensor] | None = {} if o.match_layers else None
-        if narrow is not None:
-            model.read_narrow = narrow
+        narrow: dict[str, Tensor] = {}
+        if o.match_layers:
+            model.observer = lambda key, _, read: narrow.__setitem__(key, read)
         try:
             logits = self.forward(images)
             loss = self._of_logits(logits, taught, labels)
@@ -145,8 +145,8 @@ class Loss:
         finally:
             if alpha is not None:
                 model.alpha = alpha
-            if narrow is not None:
-                model.read_narrow = None
+            if o.match_layers:
+                model.observer = None
         if narrow:
             loss = loss + o.match_layers * self._of_layers(narrow, wide)
         return loss, logits

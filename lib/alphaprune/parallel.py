@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import copy
 from collections import ChainMap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, get_args
 
 import torch
@@ -72,8 +72,8 @@ class ParallelModel(nn.Module):
             same; False is slower and there to compare with.
         hold_batchnorm: whether, in training, the BatchNorms of the wide program keep their running statistics, scale and
             shift (False).
-        read_narrow: a dictionary that each run fills with what mixers read of the narrow program, by key; None
-            (as it is at first) to leave that.
+        observer: called in each run with a mixer's key and what it reads before that is blended, wide (None where nothing wide is
+            read) and narrow; None (as it is at first) to leave that.
         least_squares: by layer name what least squares did not reach, see `initialise.fit_branches`; None where nothing was fitted.
         structure, widths: which channels are tied and why some stay (see `graph`), and how many are left.
 
@@ -148,7 +148,7 @@ class ParallelModel(nn.Module):
         # What the network's owner has frozen stays so.
         self._frozen = {n for n, p in self.network.named_parameters() if not p.requires_grad}
         self.composed = True
-        self.read_narrow: dict[str, Tensor] | None = None
+        self.observer: Callable[[str, Tensor | None, Tensor], None] | None = None
         self._hold_batchnorm = False
         self.train_wide = True
         self.alpha = 1.0
@@ -347,8 +347,8 @@ class ParallelModel(nn.Module):
         if not (to_wide or to_narrow):
             return
         wide, narrow, source = values[WIDE], values[NARROW], node.args[0].name
-        if self.read_narrow is not None and node.name in self.expand and source in narrow:
-            self.read_narrow[node.name] = narrow[source]
+        if self.observer is not None and node.name in self.expand and source in narrow:
+            self.observer(node.name, wide.get(source), narrow[source])
         weight = attribute(self.network, m.weight)
         bias = None if m.bias is None else attribute(self.network, m.bias)
         expand = self.expand[m.key] if m.key in self.expand else None

@@ -61,6 +61,7 @@ class Stage(_Training):
     lr: Positive
     parent: str = Field(alias="from")
     narrow: Start | None = None  # makes what it starts from a plain narrow network first
+    refit: Init | None = None  # new branches beside the wide weights of what it starts from
     color: str | None = None  # of the curve in the report's figure; not part of the identity
 
     @model_validator(mode="after")
@@ -80,6 +81,8 @@ class Stage(_Training):
             raise ValueError(
                 "match_layers, alongside, draw, hold_batchnorm and order belong to branches; give an alpha"
             )
+        if self.refit and self.alpha is None and self.narrow != "fold":
+            raise ValueError("refit makes new branches; give the stage an alpha, or narrow: fold")
         if self.alpha is not None and self.narrow:
             raise ValueError("narrow gives a plain network, which has no alpha; leave one of them out")
         return self
@@ -167,7 +170,7 @@ class Settings(_Strict):
     def _skips_train_everything(self) -> Settings:
         if self.anneal == "skips" and not all(s.train_wide for s in self.stages):
             raise ValueError("anneal: skips has no branches that could train alone; leave train_wide out")
-        branches = {"match_layers", "alongside", "draw", "hold_batchnorm", "order", "narrow"}
+        branches = {"match_layers", "alongside", "draw", "hold_batchnorm", "order", "narrow", "refit"}
         if self.anneal == "skips" and (
             used := sorted(branches & set().union(*(s.determines() for s in self.stages)))
         ):
