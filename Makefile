@@ -34,7 +34,7 @@ ifeq ($(filter $(PRESET),$(PRESETS)),)
 $(error preset '$(PRESET)' is unknown; there are: $(PRESETS))
 endif
 
-.PHONY: skips own-network coverage
+.PHONY: skips own-network coverage cliff controls unfinished
 .PHONY: reproduce-figures figures html pretrain experiments data lab test environment lock clean help $(EXPERIMENTS) pruned
 
 reproduce-figures: $(R)/report.html $(PAGES)
@@ -52,6 +52,9 @@ help:
 	@echo "make fig4                one experiment; also: $(filter-out fig4,$(EXPERIMENTS)) pruned"
 	@echo "make skips               ResNet-20: pruned through its skip connections, and without them"
 	@echo "make own-network         a ResNet-18 on a folder of images, from load to bundle"
+	@echo "make cliff               why accuracy falls at alpha 0, and ways around it, with the same images"
+	@echo "make controls            against Torch-Pruning, training from scratch and the report's recipe"
+	@echo "make unfinished          what frees the models that Figures 1 to 3 left unfinished"
 	@echo "make coverage            fold every CNN of torchvision and write docs/coverage.md"
 	@echo "make pretrain            train the pretrained network anew"
 	@echo "make data                fetch CIFAR-10 or check what is there"
@@ -120,6 +123,21 @@ $(R)/notebooks/skips.ipynb: notebooks/06_skip_connections.ipynb $(LIBRARY) param
 own-network: $(R)/html/own_network.html
 $(R)/notebooks/own_network.ipynb: notebooks/07_your_own_network.ipynb params/own_network/$(PRESET).yaml $(LIBRARY) | $(READY) $(DATA)
 	@$(RUN) $< $@ -f params/own_network/$(PRESET).yaml
+	@touch $(R)/.changed
+
+cliff: $(R)/html/cliff.html
+$(R)/notebooks/cliff.ipynb: notebooks/08_the_cliff.ipynb params/cliff.yaml params/$(PRESET)/cliff.yaml params/$(PRESET)/preset.yaml $(LIBRARY) $(R)/notebooks/pretrain.ipynb
+	@$(RUN) $< $@ -p preset $(PRESET) -p jobs $(JOBS)
+	@touch $(R)/.changed
+
+controls: $(R)/html/controls.html
+$(R)/notebooks/controls.ipynb: notebooks/09_controls.ipynb params/controls.yaml params/published.yaml params/$(PRESET)/controls.yaml params/$(PRESET)/preset.yaml $(LIBRARY) $(R)/notebooks/pretrain.ipynb
+	@$(RUN) $< $@ -p preset $(PRESET) -p jobs $(JOBS)
+	@touch $(R)/.changed
+
+unfinished: $(R)/html/unfinished.html
+$(R)/notebooks/unfinished.ipynb: notebooks/10_unfinished_models.ipynb params/$(PRESET)/unfinished.yaml params/report/unfinished.yaml $(foreach e,fig1 fig2 fig3,$(R)/notebooks/$(e).ipynb)
+	@$(RUN) $< $@ -p preset $(PRESET)
 	@touch $(R)/.changed
 
 coverage: | $(READY)

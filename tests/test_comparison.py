@@ -48,8 +48,7 @@ def test_the_table_is_written_equal_images_and_nothing_trains_twice(prepared):
     written = pd.read_csv(file)
     assert list(written.columns) == COLUMNS and len(written) == 8 and len(lines) == 4
     assert written["params"].nunique() == 1 and written["macs"].nunique() == 1
-    one_stage = written[written["method"] != "report's recipe"]
-    assert set(one_stage["images"]) == {128}
+    assert set(written["images"]) == {6 * 128}
     assert written[["val_accuracy", "test_accuracy"]].stack().between(0, 100).all()
     assert written["searched"].eq("0.01 0.02").all()
     folders = sorted((prepared / "results" / "smoke" / "stages" / "controls").glob("*/run.json"))
@@ -68,7 +67,7 @@ def test_longer_budgets_train_on_more_images_and_rows_of_earlier_calls_stay(prep
     file.write_text(file.read_text() + "budgets: [2]\n")
     only = {"methods": ["scratch"], "say": lambda line: None}
     table = compare("controls", "smoke", prepared, budgets=True, **only)
-    assert list(table["images"]) == [128, 256] and table["lr"].nunique() == 1
+    assert list(table["images"]) == [6 * 128, 12 * 128] and table["lr"].nunique() == 1
     assert table["start_accuracy"].nunique() == 1  # the same network, before any training
     compare("controls", "smoke", prepared, methods=["torch-pruning L1"], budgets=True, say=lambda line: None)
     written = pd.read_csv(prepared / "results" / "smoke" / "controls_budgets.csv")

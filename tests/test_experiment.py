@@ -256,6 +256,19 @@ def test_narrow_networks_are_folded_or_begun_otherwise_and_train_on_plain(small)
     assert all(a.identity != b.identity for a, b in zip(experiment.stages, other.stages, strict=True))
 
 
+def test_widths_by_sensitivity_are_the_same_for_every_way_to_narrow(small):
+    ways = ("fold", "scratch", "torch-pruning-l1")
+    stages = [{"name": way, "lr": 0.01, "from": "base", "narrow": way} for way in ways]
+    stages_of(small, stages, init="least_squares", init_images=100)
+    found = {}
+    for widths in ("uniform", "sensitivity"):
+        experiment, _, _ = run(small, widths=widths)
+        shapes = [[tuple(p.shape) for p in experiment.model(way).parameters()] for way in ways]
+        assert all(s == shapes[0] for s in shapes)
+        found[widths] = shapes[0]
+    assert found["uniform"] != found["sensitivity"]
+
+
 @pytest.mark.parametrize(
     ("stages", "message"),
     [

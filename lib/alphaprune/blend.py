@@ -8,11 +8,18 @@ little is still most of what the next layer sees.
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable, Sequence
+
+import pandas as pd
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
 
 from alphaprune.modes import in_eval_mode
 from alphaprune.parallel import ParallelModel
+
+WIDE_SHARE = "wide_share:"  # of a layer, as a metric in records
 
 
 @torch.no_grad()
@@ -48,3 +55,74 @@ def wide_share(model: ParallelModel, images: Tensor) -> dict[str, float]:
     finally:
         model.observer = before
     return found
+
+
+def without_training(
+    model: ParallelModel,
+    alphas: Sequence[float],
+    images: Sequence[Tensor],
+    accuracy: Callable[[nn.Module], float],
+) -> pd.DataFrame:
+    """What a network scores at each alpha when nothing is trained, with BatchNorm's statistics as they are and measured anew.
+
+    Args:
+        model: it is copied.
+        alphas: in [0, 1].
+        images: batches (N, C, H, W) that the statistics are measured on.
+        accuracy: of a network, a share of 1.
+
+    Returns:
+        Columns alpha, as_it_was, measured_anew, wide_share (the mean over mixers, with statistics anew; 0 where none reads wide).
+    """
+    rows = []
+    for alpha in alphas:
+        probe = copy.deepcopy(model).eval()
+        probe.alpha = alpha
+        as_it_was = accuracy(probe)
+        update_bn(images, probe)
+        shares = wide_share(probe, images[0])
+        mean = sum(shares.values()) / len(shares) if shares else float("nan")
+        rows.append(
+            {"alpha": alpha, "as_it_was": as_it_was, "measured_anew": accuracy(probe), "wide_share": mean}
+        )
+    return pd.DataFrame(rows)
+
+
+def recorded_shares(curves: pd.DataFrame) -> pd.DataFrame:
+    """The shares that were measured while stages trained, one a row.
+
+    Args:
+        curves: columns metric and value and any others, as of `Experiment.curves` and `comparison.curves`.
+
+    Returns:
+        The rows of those measurements, with the column `layer`.
+    """
+    rows = curves[curves["metric"].str.startswith(WIDE_SHARE)]
+    return rows.assign(layer=rows["metric"].str.removeprefix(WIDE_SHARE))
+
+
+def falls(curves: pd.DataFrame) -> pd.DataFrame:
+    """What each way loses where alpha becomes 0.
+
+    Args:
+        curves: as of `comparison.curves`.
+
+    Returns:
+        A row a method, accuracies as shares of 1: `blended` at the last alpha above 0 (NaN where there is none), `fold_now` of the same
+        weights, `first_at_0` the first measured of those trained at alpha 0, `reached` the best of the last stage.
+    """
+    rows = []
+    for method, own in curves[curves["split"] == "val"].groupby("method", sort=False):
+        row = {"method": method, "blended": float("nan"), "fold_now": float("nan")}
+        stages = [own[own["stage"] == name] for name in dict.fromkeys(own["stage"])]
+        above = [s for s in stages if s["alpha"].iloc[0] > 0]
+        at_0 = [s for s in stages if not s["alpha"].iloc[0] > 0]  # alpha 0, or folded and without one
+        if above:
+            last = above[-1]
+            row["blended"] = last[last["metric"] == "accuracy"]["value"].max()
+            row["fold_now"] = last[last["metric"] == "fold_now"]["value"].iloc[-1]
+        first = at_0[0][(at_0[0]["metric"] == "accuracy") & (at_0[0]["epoch"] > 0)]
+        row["first_at_0"] = first["value"].iloc[0]
+        row["reached"] = at_0[-1][at_0[-1]["metric"] == "accuracy"]["value"].max()
+        rows.append(row)
+    return pd.DataFrame(rows)

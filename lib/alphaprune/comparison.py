@@ -121,7 +121,7 @@ def compare(
 
     Returns:
         The table, `COLUMNS`, of what was asked for; accuracies in percent, `images` and `seconds` of the whole training, `seconds`
-        with the making of the network before it, `start_accuracy` of the validation images before any training, `searched` the learning
+        with the making of the network before it, `start_accuracy` of the validation images before any training, folded, `searched` the learning
         rates tried. The file has the rows of earlier calls as well.
     """
     root = root or project_root()
@@ -175,6 +175,7 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
         "val_std": grouped["val_accuracy"].std(),
         "test_mean": grouped["test_accuracy"].mean(),
         "test_std": grouped["test_accuracy"].std(),
+        "start_mean": grouped["start_accuracy"].mean(),
         "params": grouped["params"].first(),
         "macs": grouped["macs"].first(),
         "seconds": grouped["seconds"].mean(),
@@ -183,23 +184,105 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
     return found.sort_values(["keep_ratio", "val_mean"], ascending=False, ignore_index=True)
 
 
+def original(name: str, preset: str, root: Path | None = None) -> dict[str, float]:
+    """The network that all methods of a comparison begin with: params, macs, and val_accuracy and test_accuracy in percent."""
+    of = Experiment(preset, name, root or project_root())
+    network = of.base_network()
+    val = images.load(of.settings.data).val.first(of.settings.val_images)
+    return {
+        "params": parameters(network),
+        "macs": multiply_adds(network, of.example_image()),
+        "val_accuracy": 100 * evaluate(network, val)[1],
+        "test_accuracy": 100 * evaluate(network, images.load_test(of.settings.data))[1],
+    }
+
+
+def leads(summary: pd.DataFrame, original_accuracy: float) -> pd.DataFrame:
+    """The best method of each family, chosen by validation, and what ours is ahead of it on the test images.
+
+    Args:
+        summary: as `summary` gives it.
+        original_accuracy: of the network they begin with, test images, percent.
+
+    Returns:
+        A row a keep_ratio and family: method, test_mean, test_std, `lost` against the original, and `ours_ahead`, points.
+    """
+    rows = []
+    for ratio, own in summary.groupby("keep_ratio", sort=False):
+        family = own["method"].str.extract(r"^([a-z-]+)", expand=False)
+        best = own.loc[own.groupby(family, sort=False)["val_mean"].idxmax()]
+        ours = best[best["method"].str.startswith("alphaprune")]["test_mean"]
+        for row in best.sort_values("test_mean", ascending=False).itertuples():
+            rows.append(
+                {
+                    "keep_ratio": ratio,
+                    "method": row.method,
+                    "test_mean": row.test_mean,
+                    "test_std": row.test_std,
+                    "lost": original_accuracy - row.test_mean,
+                    "ours_ahead": ours.iloc[0] - row.test_mean if len(ours) else float("nan"),
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def experiment(
+    name: str,
+    preset: str,
+    method: str,
+    lr: float,
+    keep_ratio: float,
+    seed: int,
+    budget: float = 1.0,
+    root: Path | None = None,
+) -> Experiment:
+    """The experiment that a method of a comparison is, whether it is recorded or not.
+
+    Args:
+        name, preset, root: as of `compare`.
+        method: one of the file's.
+        lr, keep_ratio, seed: as in a row of the table.
+        budget: in multiples of the preset's epochs.
+    """
+    root = root or project_root()
+    chosen = load_comparison(name, root).methods[method]
+    shared = {**chosen.settings, "keep_ratio": keep_ratio, "seed": seed, "stages": chosen.stages_at(lr)}
+    settings = load_settings(preset, name, root, **shared)
+    epochs = max(round(budget * settings.max_epochs / len(settings.stages)), 1)
+    return Experiment(preset, name, root, max_epochs=epochs, **shared)
+
+
+def curves(name: str, preset: str, table: pd.DataFrame, root: Path | None = None) -> pd.DataFrame:
+    """What was measured while the methods of a table trained, first seed and budget, from the records.
+
+    Returns:
+        Rows of `Experiment.curves`, with the columns `method` and `images`, the number seen so far.
+    """
+    parts = []
+    for _, row in table.groupby(["method", "keep_ratio"], sort=False).first().reset_index().iterrows():
+        of = experiment(
+            name,
+            preset,
+            row["method"],
+            float(row["lr"]),
+            float(row["keep_ratio"]),
+            int(row["seed"]),
+            root=root,
+        )
+        found = of.curves().assign(method=row["method"], keep_ratio=row["keep_ratio"])
+        found["images"] = (found["start"] + found["step"]) * of.settings.batch_size
+        parts.append(found)
+    return pd.concat(parts, ignore_index=True)
+
+
 def _run(task: _Task) -> list[dict[str, Any]]:
     """All seeds and budgets of a method, the first of them with every learning rate that the search asks for."""
     plan = load_comparison(task.name, task.root)
-    method = plan.methods[task.method]
 
     def train(lr: float, seed: int, budget: float = 1.0) -> Experiment:
-        shared = {
-            **method.settings,
-            "keep_ratio": task.keep_ratio,
-            "seed": seed,
-            "stages": method.stages_at(lr),
-        }
-        settings = load_settings(task.preset, task.name, task.root, **shared)
-        epochs = max(round(budget * settings.max_epochs / len(settings.stages)), 1)
-        experiment = Experiment(task.preset, task.name, task.root, max_epochs=epochs, **shared)
-        experiment.run(lambda line: None)
-        return experiment
+        of = experiment(task.name, task.preset, task.method, lr, task.keep_ratio, seed, budget, task.root)
+        of.run(lambda line: None)
+        return of
 
     tried: dict[float, float] = {}
 
@@ -235,30 +318,31 @@ def climb(grid: Sequence[float], first: float, reached: Callable[[float], float]
 
 
 @torch.no_grad()
-def _measure(experiment: Experiment) -> dict[str, Any]:
+def _measure(of: Experiment) -> dict[str, Any]:
     """What the last stage's network, folded if it has branches, costs and scores; the test images are read once."""
-    last = experiment.stages[-1]
-    outcomes = [experiment.record(n.name)["outcome"] for n in experiment.stages]
-    seconds = sum(o["seconds"] + o["start_seconds"] for o in outcomes) + experiment.seconds_for_widths()
-    file = experiment.folder(last) / "final.json"
+    last = of.stages[-1]
+    outcomes = [of.record(n.name)["outcome"] for n in of.stages]
+    seconds = sum(o["seconds"] + o["start_seconds"] for o in outcomes) + of.seconds_for_widths()
+    file = of.folder(last) / "final.json"
     if not file.is_file():
-        model = experiment.model(last.name)
+        model = of.model(last.name)
         if isinstance(model, ParallelModel):
             model = fold(model)[0]
-        test = images.load_test(experiment.settings.data)
+        test = images.load_test(of.settings.data)
         final = {
             "params": parameters(model),
-            "macs": multiply_adds(model, experiment.example_image()),
+            "macs": multiply_adds(model, of.example_image()),
             "test_accuracy": 100 * evaluate(model, test)[1],
         }
         write_json(file, final)
-    begun = experiment.stage_history(experiment.stages[0].name)
-    start = begun[(begun["split"] == "val") & (begun["metric"] == "accuracy")]["value"].iloc[0]
+    begun = of.stage_history(of.stages[0].name)
+    at_first = begun[(begun["split"] == "val") & (begun["epoch"] == 0)].set_index("metric")["value"]
+    start = at_first.get("fold_now_running", at_first["accuracy"])  # of what would be left
     return {
         "start_accuracy": 100 * start,
         "images": sum(o["images"] for o in outcomes),
         "seconds": seconds,
-        "val_accuracy": 100 * experiment.record(last.name)["metrics"]["val_accuracy"],
+        "val_accuracy": 100 * of.record(last.name)["metrics"]["val_accuracy"],
         **json.loads(file.read_text()),
     }
 

@@ -27,7 +27,7 @@ from torch import nn
 from torch.optim.swa_utils import update_bn
 
 from alphaprune import data as images
-from alphaprune.blend import wide_share
+from alphaprune.blend import WIDE_SHARE, wide_share
 from alphaprune.errors import UsageError
 from alphaprune.fold import fold
 from alphaprune.models import NETWORKS
@@ -399,12 +399,11 @@ class Experiment:
             return accuracy
 
         def share() -> dict[str, float]:
-            """How much of what mixers read comes from the wide program, the mean over them."""
+            """How much of what each mixer reads comes from the wide program."""
             if not isinstance(model, ParallelModel) or stage.alpha == 0:
                 return {}
             seen = next(images.batches(val.to(next(model.parameters()).device), SHARE_IMAGES))[0]
-            found = wide_share(model, seen)
-            return {"wide_share": sum(found.values()) / len(found)} if found else {}
+            return {f"{WIDE_SHARE}{layer}": s for layer, s in wide_share(model, seen).items()}
 
         def measure(epoch: int) -> dict[str, float]:
             if stage.alpha is None or epoch % s.fold_now_every:
@@ -463,7 +462,7 @@ class Experiment:
         torch.manual_seed(derive_seed(node.key, 0))
         if how.startswith("torch-pruning"):
             return torch_pruning(
-                self._pretrained(s), s.keep_ratio, how.rpartition("-")[2], self.example_image()
+                self._pretrained(s), self._ratios(s), how.rpartition("-")[2], self.example_image()
             )
         if isinstance(node.parent, _Node) and not node.stage.refit:
             model = self._parallel(node.parent)

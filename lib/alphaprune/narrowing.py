@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +39,7 @@ def torch_pruning(
 
     Args:
         network: the pretrained network.
-        keep_ratio: share of the channels that stay, in (0, 1]; or by layer name.
+        keep_ratio: share of the channels that stay, in (0, 1]; or one a layer by its name, where layers not named stay whole.
         importance: "l1" or "l2", the norm of all weights of a group; "bn", the scale of BatchNorm.
         example_input: (1, C, H, W).
 
@@ -58,5 +59,10 @@ def torch_pruning(
     }[importance]()
     last = [m for m in network.modules() if isinstance(m, nn.Linear)][-1:]  # gives the classes
     with torch.enable_grad():
-        BasePruner(network, example_input, measure, pruning_ratio=1 - keep_ratio, ignored_layers=last).step()
+        if isinstance(keep_ratio, Mapping):
+            by_layer = {network.get_submodule(name): 1 - share for name, share in keep_ratio.items()}
+            ratios: dict[str, Any] = {"pruning_ratio": 0.0, "pruning_ratio_dict": by_layer}
+        else:
+            ratios = {"pruning_ratio": 1 - keep_ratio}
+        BasePruner(network, example_input, measure, ignored_layers=last, **ratios).step()
     return network

@@ -1,0 +1,297 @@
+"""Figures that compare methods. They take the tables of `comparison` and know nothing of training.
+
+Blue is ours, orange Torch-Pruning, grey from scratch, red the report's recipe; filled is distilled, hollow is not.
+"""
+
+from __future__ import annotations
+
+import matplotlib
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from alphaprune.blend import recorded_shares
+from alphaprune.plots import STYLE
+
+FAMILIES = {
+    "alphaprune": "royalblue",
+    "torch-pruning": "darkorange",
+    "scratch": "#7a7a7a",
+    "report": "crimson",
+}
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+
+
+def _color(method: str) -> str:
+    return next((c for family, c in FAMILIES.items() if method.startswith(family)), "black")
+
+
+def _look(methods: list[str]) -> dict[str, dict[str, object]]:
+    """Marker and colours by method: each method of a family has its own marker, with and without distillation the same."""
+    markers: dict[tuple[str, str], str] = {}
+    look = {}
+    for method in methods:
+        color, kind = _color(method), method.removesuffix(", distilled")
+        own = [k for k in markers if k[0] == color]
+        marker = markers.setdefault((color, kind), MARKERS[len(own) % len(MARKERS)])
+        filled = kind != method
+        look[method] = {"marker": marker, "color": color, "markerfacecolor": color if filled else "white"}
+    return look
+
+
+def ranking(summary: pd.DataFrame, title: str) -> Figure:
+    """A row a method, best above: a dot for the mean over seeds, a line for their standard deviation, a stroke for the
+    validation accuracy before any training.
+
+    Args:
+        summary: columns method, test_mean, test_std (percent; NaN with one seed), start_mean, keep_ratio, as of `comparison.summary`; a
+            panel a keep_ratio.
+        title: above the figure.
+    """
+    ratios = sorted(summary["keep_ratio"].unique(), reverse=True)
+    first = summary[summary["keep_ratio"] == ratios[0]].sort_values("test_mean")
+    others = [m for m in summary["method"].unique() if m not in set(first["method"])]
+    order = [*others, *first["method"]]
+    look = _look(sorted(order))
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(5.2 + 2.6 * len(ratios), 1.1 + 0.33 * len(order)), layout="constrained")
+        panels = figure.subplots(1, len(ratios), sharey=True, sharex=True, squeeze=False)[0]
+        for ax, ratio in zip(panels, ratios, strict=True):
+            for row in summary[summary["keep_ratio"] == ratio].itertuples():
+                y = order.index(row.method)
+                std = 0 if pd.isna(row.test_std) else row.test_std
+                ax.errorbar(row.test_mean, y, xerr=std, ls="", ms=7, capsize=2, **look[row.method])
+                ax.annotate(
+                    f"{row.test_mean:.1f}",
+                    (row.test_mean, y),
+                    xytext=(0, 7),
+                    textcoords="offset points",
+                    fontsize="x-small",
+                    ha="center",
+                )
+                ax.plot(row.start_mean, y, marker="|", color=_color(row.method), ms=9, mew=2)
+            ax.set_title(f"keep_ratio {ratio:g}")
+            ax.set_xlabel("test accuracy, %")
+            ax.set_yticks(range(len(order)), order)
+            ax.grid(False, axis="y")
+        figure.suptitle(title)
+    return figure
+
+
+def pareto(
+    summary: pd.DataFrame, original: tuple[float, float], published: pd.DataFrame, title: str
+) -> Figure:
+    """Test accuracy against the share of multiply-adds left, ours joined over keep ratios, published points beside them.
+
+    Args:
+        summary: as of `ranking`, with the column macs.
+        original: multiply-adds and test accuracy in percent of the network that is pruned.
+        published: columns name, macs_left, test_accuracy (percent).
+        title: above the figure.
+    """
+    look = _look(sorted(summary["method"].unique()))
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(9.6, 5.4), layout="constrained")
+        ax = figure.subplots()
+        macs, accuracy = original
+        ax.axhline(accuracy, color="black", lw=1, ls=":")
+        ax.annotate(f"the network that is pruned, {accuracy:.1f} %", (1, accuracy), xycoords=("axes fraction", "data"),
+                    xytext=(-4, 4), textcoords="offset points", ha="right", fontsize="small")  # fmt: skip
+        for method, own in summary.groupby("method", sort=True):
+            own = own.sort_values("macs")
+            ax.errorbar(100 * own["macs"] / macs, own["test_mean"], yerr=own["test_std"].fillna(0), lw=1.1, ms=6, capsize=2,
+                        label=method, **look[method])  # fmt: skip
+        for n, row in enumerate(published.itertuples()):
+            ax.plot(row.macs_left, row.test_accuracy, marker="*", ms=13, ls="", color="white", markeredgecolor="black",
+                    label="published: full-width VGG-16, other training" if n == 0 else None)  # fmt: skip
+            ax.annotate(row.name, (row.macs_left, row.test_accuracy), xytext=(9, 2 - 10 * (n % 2 == 0)), textcoords="offset points",
+                        fontsize="small")  # fmt: skip
+        ax.set_xscale("log")
+        ticks = [5, 10, 20, 30, 50]
+        ax.set_xticks(ticks, [str(t) for t in ticks])
+        ax.minorticks_off()
+        ax.set_xlabel("multiply-adds left, % (logarithmic)")
+        ax.set_ylabel("test accuracy, %")
+        ax.set_title(title)
+        figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize="small")
+    return figure
+
+
+def budget_curves(budgets: pd.DataFrame, original: float, title: str) -> Figure:
+    """Validation accuracy against images seen, from none on, and against seconds.
+
+    Args:
+        budgets: columns method, images, seconds, val_accuracy, start_accuracy (percent).
+        original: validation accuracy of the network that is pruned, percent.
+        title: above the figure.
+    """
+    look = _look(sorted(budgets["method"].unique()))
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(11.5, 5.2), layout="constrained")
+        axes = figure.subplots(1, 2, sharey=True)
+        for method, own in budgets.groupby("method", sort=True):
+            own = own.sort_values("images")
+            begin = own["start_accuracy"].iloc[0]
+            for ax, column, scale in ((axes[0], "images", 1e-3), (axes[1], "seconds", 1)):
+                x, y = list(scale * own[column]), list(own["val_accuracy"])
+                if column == "images":
+                    x, y = [0, *x], [begin, *y]
+                ax.plot(x, y, lw=1.1, ms=6, label=method if ax is axes[0] else None, **look[method])
+        for ax in axes:
+            ax.axhline(original, color="black", lw=1, ls=":")
+            ax.set_ylim(0, 100)
+        axes[0].set_xscale("symlog", linthresh=20)
+        ticks = [0, 20, 50, 100, 200, 500, 1000]
+        axes[0].set_xticks(ticks, [str(t) for t in ticks])
+        axes[0].set_xlabel("thousand images seen (linear up to 20, then logarithmic)")
+        axes[1].set_xscale("log")
+        axes[1].set_xlabel("seconds of training and preparation, one core (logarithmic)")
+        axes[0].set_ylabel("validation accuracy, %")
+        figure.suptitle(title)
+        figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize="small")
+    return figure
+
+
+def cliffs(curves: pd.DataFrame, title: str, columns: int = 3) -> Figure:
+    """A panel a way: the blended accuracy, what would be left if it were folded, and how much of the signal is wide.
+
+    Args:
+        curves: columns method, images, alpha, split, metric ("accuracy", "fold_now_running", "fold_now", those of `recorded_shares`), value (a share of 1),
+            as of `comparison.curves`.
+        title: above the figure.
+        columns: panels a row.
+    """
+    ways = list(dict.fromkeys(curves["method"]))
+    rows = -(-len(ways) // columns)
+    curves = curves[curves["split"] == "val"].assign(x=curves["images"] / 1000, y=100 * curves["value"])
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(4.3 * columns, 0.9 + 2.7 * rows), layout="constrained")
+        panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+        for ax, way in zip(panels.flat, ways, strict=False):
+            _cliff(ax, curves[curves["method"] == way])
+            ax.set_title(way.replace(", distilled", " (distilled)"), fontsize="small")
+        for ax in panels.flat[len(ways) :]:
+            ax.set_axis_off()
+        for ax in panels[-1]:
+            ax.set_xlabel("thousand images seen")
+        for ax in panels[:, 0]:
+            ax.set_ylabel("%")
+        handles, labels = panels.flat[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
+        figure.suptitle(title)
+    return figure
+
+
+def _cliff(ax: Axes, own: pd.DataFrame) -> None:
+    def line(metric: str) -> pd.DataFrame:
+        return own[own["metric"] == metric].drop_duplicates("x", keep="last").sort_values("x")
+
+    accuracy = line("accuracy")
+    share = recorded_shares(own).groupby("x", as_index=False)["y"].mean()
+    now = own[own["metric"].isin(["fold_now_running", "fold_now"])].drop_duplicates("x", keep="last")
+    ax.plot(accuracy["x"], accuracy["y"], color="#3d4650", lw=1.6, label="validation accuracy at its alpha")
+    ax.plot([], [], color="royalblue", marker="o", ms=4, lw=1.6, label="if it were folded now")
+    if len(now):
+        ax.plot(now["x"], now["y"], color="royalblue", marker="o", ms=4, lw=1.6)
+    ax.plot(
+        [], [], color="goldenrod", ls="--", lw=1.2, label="share of the signal that is wide, mean over layers"
+    )
+    if len(share):
+        ax.plot(share["x"], share["y"], color="goldenrod", ls="--", lw=1.2)
+    last = accuracy.iloc[-1]
+    ax.annotate(f"{last['y']:.1f}", (last["x"], last["y"]), xytext=(-3, 5), textcoords="offset points", ha="right",
+                fontsize="small", weight="bold")  # fmt: skip
+    starts = own.dropna(subset=["alpha"]).groupby(["experiment", "stage"], sort=False)
+    for _, stage in starts:
+        x = stage["x"].min()
+        ax.axvline(x, color="#cfd4da", lw=0.8, zorder=0)
+        ax.annotate(f"α {stage['alpha'].iloc[0]:g}", (x, 2), xytext=(2, 0), textcoords="offset points",
+                    fontsize="xx-small", color="#5a6470")  # fmt: skip
+    ax.set_ylim(0, 100)
+
+
+def share_maps(shares: pd.DataFrame, title: str) -> Figure:
+    """A map a way: how much of what each layer reads is wide, at the end of training at each alpha.
+
+    Args:
+        shares: columns method, alpha, step, start, layer, value (a share of 1), as of `blend.recorded_shares`.
+        title: above the figure.
+    """
+    ways = list(dict.fromkeys(shares["method"]))
+    layers = list(dict.fromkeys(shares["layer"]))
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(2.2 + 3.1 * len(ways), 1.5 + 0.24 * len(layers)), layout="constrained")
+        panels = figure.subplots(1, len(ways), sharey=True, squeeze=False)[0]
+        for ax, way in zip(panels, ways, strict=True):
+            own = shares[shares["method"] == way].sort_values(["start", "step"])
+            grid = own.groupby(["layer", "alpha"])["value"].last().unstack()
+            grid = grid.reindex(layers)[sorted(grid.columns, reverse=True)]
+            sns.heatmap(100 * grid, ax=ax, vmin=0, vmax=100, cmap="cividis", annot=True, fmt=".0f", annot_kws={"size": 7},
+                        cbar=ax is panels[-1], cbar_kws={"label": "% of the variance that is wide"})  # fmt: skip
+            ax.set_xlabel("α")
+            ax.set_ylabel("")
+            ax.set_xticklabels([f"{a:g}" for a in grid.columns], rotation=0)
+            ax.set_title(way.replace(", distilled", "\n(distilled)"), fontsize="small")
+        figure.suptitle(title)
+    return figure
+
+
+def untrained(table: pd.DataFrame, title: str) -> Figure:
+    """Accuracy against alpha without any training, a panel a way to start the branches.
+
+    Args:
+        table: columns init, alpha, as_it_was, measured_anew, wide_share (shares of 1), as of `blend.without_training`.
+        title: above the figure.
+    """
+    inits = list(dict.fromkeys(table["init"]))
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(4.6 * len(inits), 3.6), layout="constrained")
+        for ax, init in zip(figure.subplots(1, len(inits), sharey=True), inits, strict=True):
+            own = table[table["init"] == init]
+            for column, color, style, label in (
+                ("as_it_was", "#3d4650", "o-", "accuracy"),
+                ("measured_anew", "royalblue", "s-", "accuracy, BatchNorm statistics measured anew"),
+                ("wide_share", "goldenrod", "--", "share of the signal that is wide"),
+            ):
+                ax.plot(own["alpha"], 100 * own[column], style, color=color, ms=4, lw=1.4, label=label)
+            ax.set_xlim(1.02, -0.02)
+            ax.set_ylim(0, 100)
+            ax.set_xlabel("α, falling to the right")
+            ax.set_title(f"branches: {init.replace('_', ' ')}", fontsize="medium")
+        figure.axes[0].set_ylabel("%")
+        handles, labels = figure.axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
+        figure.suptitle(title)
+    return figure
+
+
+def ways(table: pd.DataFrame, title: str) -> Figure:
+    """For each stuck model a panel: a bar for each way on, what it began with and what it reached.
+
+    Args:
+        table: columns model, way, before, reached (validation accuracy at alpha 0, percent).
+        title: above the figure.
+    """
+    models = list(dict.fromkeys(table["model"]))
+    names = list(dict.fromkeys(table["way"]))[::-1]
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(3.4 + 2.9 * len(models), 1.1 + 0.42 * len(names)), layout="constrained")
+        panels = figure.subplots(1, len(models), sharex=True, sharey=True, squeeze=False)[0]
+        for ax, model in zip(panels, models, strict=True):
+            own = table[table["model"] == model]
+            place = [names.index(w) for w in own["way"]]
+            bars = ax.barh(place, own["reached"], height=0.6, color="royalblue")
+            ax.bar_label(bars, fmt="{:.1f}", padding=3, fontsize="small")
+            ax.plot(
+                own["before"], place, ls="", marker="|", ms=13, mew=2.2, color="darkorange", label="before"
+            )
+            ax.set_title(model, fontsize="medium")
+            ax.set_xlim(0, 100)
+            ax.set_yticks(range(len(names)), names)
+            ax.set_xlabel("validation accuracy, %")
+            ax.grid(False, axis="y")
+        handles, labels = panels[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", frameon=False)
+        figure.suptitle(title)
+    return figure

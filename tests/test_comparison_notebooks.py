@@ -1,0 +1,67 @@
+"""The notebooks that compare methods, by the Makefile at smoke, with fewer methods, rates and seeds."""
+
+import pandas as pd
+import pytest
+import yaml
+from conftest import make
+
+
+@pytest.fixture(scope="module")
+def trimmed(whole_project):
+    """The project with the first, a blended and the last method of the cliff, and one control of each kind."""
+    chosen = {
+        "cliff": (
+            "report's recipe",
+            "alphaprune, layers matched, distilled",
+            "alphaprune, folded at once, distilled",
+        ),
+        "controls": (
+            "alphaprune, widths by sensitivity, distilled",
+            "torch-pruning L1, distilled",
+            "scratch, distilled",
+            "report's recipe",
+        ),
+    }
+    fewer = {"cliff": {}, "controls": {"seeds": [0, 1], "keep_ratios": [0.5, 0.34375], "budgets": [0.5]}}
+    for name, methods in chosen.items():
+        file = whole_project / "params" / f"{name}.yaml"
+        content = yaml.safe_load(file.read_text())
+        kept = {m: content["methods"][m] for m in methods}
+        content |= {"methods": kept, "lrs": [0.02], **fewer[name]}
+        file.write_text(yaml.safe_dump(content, sort_keys=False))
+    return whole_project
+
+
+def test_the_cliff(trimmed):
+    done = make(trimmed, "cliff")
+    assert done.returncode == 0, done.stderr[-2000:]
+    results = trimmed / "results" / "smoke"
+    for figure in ("cliff", "cliff_untrained", "cliff_shares", "cliff_ranking"):
+        assert (results / "figures" / f"{figure}.png").is_file()
+    table = pd.read_csv(results / "cliff.csv")
+    assert len(table) == 3 and table["images"].nunique() == 1 and table["macs"].nunique() == 1
+    assert "against folding at once" in (results / "html" / "cliff.html").read_text()
+
+
+def test_controls(trimmed):
+    done = make(trimmed, "controls")
+    assert done.returncode == 0, done.stderr[-2000:]
+    results = trimmed / "results" / "smoke"
+    for figure in ("controls", "pareto", "budgets"):
+        assert (results / "figures" / f"{figure}.png").is_file()
+    table = pd.read_csv(results / "controls.csv")
+    assert len(table) == 4 * 2 * 2 and table["images"].nunique() == 1
+    longer = pd.read_csv(results / "controls_budgets.csv")
+    # The report's recipe has six stages of an epoch at least: half of its six epochs are six again.
+    assert len(longer) == 3 * 2 + 1 and longer["images"].nunique() == 2
+    page = (results / "html" / "controls.html").read_text()
+    assert "ours_ahead" in page and "DECORE-50" in page
+
+
+def test_unfinished_models(trimmed):
+    done = make(trimmed, "unfinished")
+    assert done.returncode == 0, done.stderr[-2000:]
+    results = trimmed / "results" / "smoke"
+    assert (results / "figures" / "unfinished.png").is_file()
+    page = (results / "html" / "unfinished.html").read_text()
+    assert all(f"Figure {n}" in page for n in (1, 2, 3)) and "refitted" in page
