@@ -268,7 +268,9 @@ class Experiment:
         if record.is_file() and (content := json.loads(record.read_text()))["identity"] == identity:
             return content
         started = time.monotonic()
-        found = damages(self._pretrained(settings).eval(), self._first_images(settings)[:SENSITIVITY_IMAGES])
+        device = accelerator_for_this_machine().device
+        seen = self._first_images(settings)[:SENSITIVITY_IMAGES].to(device)
+        found = damages(self._pretrained(settings).eval().to(device), seen)
         content = {"identity": identity, "damages": found, "seconds": round(time.monotonic() - started, 1)}
         write_json(record, content)
         return content

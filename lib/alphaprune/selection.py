@@ -26,6 +26,7 @@ from alphaprune.modes import in_eval_mode
 from alphaprune.widths import Widths
 
 Inputs = tuple[Tensor, ...]
+STEPS = 512  # of the choice in a group, about; where more channels stay, several are chosen at a step
 
 
 def select(widths: Widths, batches: Iterable[Inputs] | None = None) -> Widths:
@@ -115,21 +116,22 @@ def _blocks(s: Structure, atom: Tensor, seen_by: dict[str, Tensor]) -> list[Tens
 
 
 def _greedy(blocks: list[Tensor], k: int) -> Tensor:
-    """The k channels that explain most, one after the other; the first ones where nothing is read."""
+    """The k channels that explain most, one after the other, in large groups some at a time; the first ones where nothing is read."""
     if not blocks:
         return torch.arange(k)
     left = torch.stack(blocks)  # (mixers, n, n): what is not explained yet
+    at_once = max(1, k // STEPS)
     chosen: list[int] = []
-    for _ in range(k):
-        own = left.diagonal(dim1=1, dim2=2).clamp_min(
-            1e-12
-        )  # a channel that is explained already adds nothing
+    while len(chosen) < k:
+        # A channel that is explained already adds nothing.
+        own = left.diagonal(dim1=1, dim2=2).clamp_min(1e-12)
         gain = (left.square().sum(1) / own).sum(0)
         gain[chosen] = -1
-        best = int(gain.argmax())
-        column = left[:, :, best]
-        left = left - column[:, :, None] * column[:, None, :] / own[:, best, None, None]
-        chosen.append(best)
+        best = gain.topk(min(at_once, k - len(chosen))).indices
+        columns = left[:, :, best]  # (mixers, n, b)
+        among = left[:, best][:, :, best] + 1e-12 * torch.eye(len(best), dtype=left.dtype)
+        left = left - columns @ torch.linalg.solve(among, columns.mT)
+        chosen += best.tolist()
     return torch.tensor(chosen)
 
 
