@@ -51,6 +51,22 @@ def test_every_init_folds_exactly(parts, head, seed):
         assert all(p.isfinite().all() for p in small.parameters())
 
 
+@pytest.mark.parametrize("bias", [0.0, 0.3])
+def test_layers_that_are_dead_for_all_images_stay_finite(bias):
+    torch.manual_seed(0)
+    convs = [nn.Conv2d(2, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten()]
+    network = nn.Sequential(*convs, nn.Linear(8 * 4, 5)).double().eval()
+    nn.init.constant_(network[0].bias, -100.0)
+    nn.init.constant_(network[2].bias, bias)
+    x = torch.randn(40, 2, 8, 8, dtype=torch.float64)
+    model = ParallelModel(network, 0.5, x[:2], init="least_squares", images=x)
+    model.alpha = 0.0
+    small, certificate = fold(model, x)
+    assert torch.isfinite(small(x)).all() and certificate.exact
+    if bias:  # what is constant is told by R's bias-free channels that stay
+        assert (small(x) - network(x)).abs().max() < 1e-6
+
+
 def doubled(seed):
     """A network in which every channel has a twin."""
     torch.manual_seed(seed)

@@ -30,6 +30,7 @@ from alphaprune.widths import Widths
 Init = Literal["random", "select", "least_squares"]
 RIDGE = 1e-4  # of the mean second moment of what is read
 LARGER_RIDGE = 1.0  # where there are too few images
+ROUNDING = 1e-12  # of second moments: less variance than that is none
 
 
 class Lockstep(Protocol):
@@ -181,6 +182,7 @@ def _regress(
         a += (x.T @ x).double()
         b += (y.T @ x).double()
         total += y.double().square().sum().item()
+    uncentred = a.diagonal().clone()
     if centred:
         a -= places * torch.outer(mean_x, mean_x)
         b -= places * torch.outer(mean_y, mean_x)
@@ -193,7 +195,9 @@ def _regress(
         alive = own.diagonal() > 0
         if places < int(alive.sum()):
             ridge = LARGER_RIDGE
-        scale = own.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
+        scale = own.diagonal().mean()
+        if scale <= ROUNDING * uncentred[of_x].mean():  # nothing varies, and any map will do
+            continue
         damped = own + ridge * scale * torch.eye(len(own), dtype=own.dtype, device=own.device)
         fitted = start + torch.linalg.solve(damped, (cross - start @ own).T).T
         weight[of_y] = fitted.to(weight)
