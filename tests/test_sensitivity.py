@@ -40,14 +40,14 @@ def test_never_more_than_uniform_and_ties_are_kept(parts, keep_ratio, random):
 
 def test_a_layer_that_does_not_matter_is_narrowed_most_and_the_same_comes_out_each_time():
     torch.manual_seed(0)
-    network = vgg16(0.25).eval()
+    network = vgg16(0.125).eval()
     for layer in network.modules():
         if isinstance(layer, nn.BatchNorm2d):
             layer.running_mean.normal_(0, 0.1)
     with torch.no_grad():
-        network.features[37].weight[4:] = 0  # 4 of 128 channels say anything
+        network.features[37].weight[4:] = 0  # 4 of 64 channels say anything
         network.features[37].bias[4:] = 0
-    x = torch.randn(64, 3, 32, 32)
+    x = torch.randn(200, 3, 32, 32)
     damage = {name: d for name, d in damages(network, x, ratios=(0.1, 0.5)).items()}
     assert list(damage)[-2] == "features.37" and len(damage) == 13
     assert damage["features.37"][0.1] < 0.1 * max(d[0.1] for d in damage.values())

@@ -31,6 +31,7 @@ Init = Literal["random", "select", "least_squares"]
 RIDGE = 1e-4  # of the mean second moment of what is read
 LARGER_RIDGE = 1.0  # where there are too few images
 ROUNDING = 1e-12  # of second moments: less variance than that is none
+PLACES = 4  # at least, for every channel
 
 
 class Lockstep(Protocol):
@@ -193,7 +194,7 @@ def _regress(
         start, own, cross = weight[of_y].double(), a[of_x, of_x], b[of_y, of_x]
         # A channel that is always 0 does no harm; others must be independent, which takes places enough.
         alive = own.diagonal() > 0
-        if places < int(alive.sum()):
+        if places < PLACES * int(alive.sum()):
             ridge = LARGER_RIDGE
         scale = own.diagonal().mean()
         if scale <= ROUNDING * uncentred[of_x].mean():  # nothing varies, and any map will do
