@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from alphaprune import UsageError
-from alphaprune.comparison import COLUMNS, climb, compare, load_comparison, main, summary
+from alphaprune.comparison import COLUMNS, climb, compare, experiment, load_comparison, main, summary
 from alphaprune.experiment import Experiment
 
 GRID = [0.005, 0.01, 0.02, 0.05, 0.1]
@@ -46,7 +46,9 @@ def test_the_table_is_written_equal_images_and_nothing_trains_twice(prepared):
     table = compare("controls", "smoke", prepared, seeds=[0, 1], jobs=2, say=lines.append)
     file = prepared / "results" / "smoke" / "controls.csv"
     written = pd.read_csv(file)
-    assert list(written.columns) == COLUMNS and len(written) == 8 and len(lines) == 4
+    assert (
+        list(written.columns) == COLUMNS and len(written) == 8 and len(lines) == 8
+    )  # a search and a run each
     assert written["params"].nunique() == 1 and written["macs"].nunique() == 1
     assert set(written["images"]) == {6 * 128}
     assert written[["val_accuracy", "test_accuracy"]].stack().between(0, 100).all()
@@ -60,6 +62,20 @@ def test_the_table_is_written_equal_images_and_nothing_trains_twice(prepared):
     assert times == [f.stat().st_mtime_ns for f in folders]
     rows = summary(table)
     assert (rows["seeds"] == 2).all() and rows["val_mean"].is_monotonic_decreasing
+
+
+def test_further_ratios_take_the_rate_that_was_found_at_the_first(prepared):
+    lines = []
+    only = {"methods": ["scratch"], "seeds": [0], "say": lines.append}
+    table = compare("controls", "smoke", prepared, keep_ratios=[0.25], **only)
+    assert table["searched"].eq("0.01 0.02").all()
+    of = [experiment("controls", "smoke", "scratch", lr, 0.5, 0, root=prepared) for lr in (0.01, 0.02)]
+    reached = [x.record(x.stages[-1].name)["metrics"]["val_accuracy"] for x in of]
+    better, worse = (0.02, 0.01) if reached[1] >= reached[0] else (0.01, 0.02)
+    assert table["lr"].tolist() == [better]
+    for lr, trained in ((better, True), (worse, False)):
+        of = experiment("controls", "smoke", "scratch", lr, 0.25, 0, root=prepared)
+        assert (of.record(of.stages[-1].name) is not None) is trained
 
 
 def test_longer_budgets_train_on_more_images_and_rows_of_earlier_calls_stay(prepared):

@@ -3,8 +3,8 @@
     python -m alphaprune.comparison controls quick --jobs 2
 
 The methods are data: `params/<name>.yaml` holds stages and settings, `params/<preset>/<name>.yaml` what all of them share. Each method
-gets its learning rate from the same search on the validation images, with the first seed; the other seeds run with that rate. The epochs
-of the preset are divided evenly among a method's stages, so that all see the same number of images. What has run is recorded, stage by
+gets its learning rate from the same search on the validation images, with the first seed and keep_ratio; all others run with that rate. The
+epochs of the preset are divided evenly among a method's stages, so that all see the same number of images. What has run is recorded, stage by
 stage, and not run again.
 """
 
@@ -15,7 +15,7 @@ import json
 import multiprocessing
 import sys
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -84,16 +84,19 @@ def load_comparison(name: str, root: Path) -> Comparison:
 
 
 @dataclass(frozen=True)
-class _Task:
-    """What one process does at a time: a method at a keep_ratio, all seeds of it or all budgets."""
+class _Method:
+    """A method of a comparison, and where that lies."""
 
     name: str
     preset: str
     root: Path
     method: str
-    keep_ratio: float
-    seeds: tuple[int, ...]
-    budgets: tuple[float, ...] = (1.0,)
+
+    def train(self, lr: float, keep_ratio: float, seed: int, budget: float = 1.0) -> Experiment:
+        """The experiment that the method is, trained as far as it is not recorded."""
+        of = experiment(self.name, self.preset, self.method, lr, keep_ratio, seed, budget, self.root)
+        of.run(lambda line: None)
+        return of
 
 
 def compare(
@@ -128,25 +131,30 @@ def compare(
     plan = load_comparison(name, root)
     if unknown := set(methods) - set(plan.methods):
         raise UsageError(f"method {sorted(unknown)[0]!r} is unknown; there are: {'; '.join(plan.methods)}")
+    chosen = [_Method(name, preset, root, method) for method in methods or plan.methods]
     seeds, ratios = tuple(seeds or plan.seeds), list(keep_ratios or plan.keep_ratios)
     if budgets:
         seeds, ratios = seeds[:1], ratios[:1]
-    work = [
-        _Task(name, preset, root, method, ratio, seeds, (1.0, *plan.budgets) if budgets else (1.0,))
-        for ratio in ratios
-        for method in methods or plan.methods
-    ]
+    sizes = (1.0, *plan.budgets) if budgets else (1.0,)
     target = root / "results" / preset / (f"{name}_budgets.csv" if budgets else f"{name}.csv")
     earlier = pd.read_csv(target) if target.is_file() else pd.DataFrame(columns=COLUMNS)
     rows: dict[int, list[dict[str, Any]]] = {}
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
-        waiting = {pool.submit(_run, task): i for i, task in enumerate(work)}
-        for done in as_completed(waiting):
-            i = waiting[done]
+        searching = {pool.submit(_search, method): method for method in chosen}
+        running: dict[Future, int] = {}
+        for n, done in enumerate(as_completed(searching), 1):
+            method, (lr, searched) = searching[done], done.result()
+            say(f"[rate {n}/{len(chosen)}] {method.method}: {lr:g}, the best of {searched}")
+            for i, ratio in enumerate(ratios):
+                place = i * len(chosen) + chosen.index(method)
+                running[pool.submit(_run, method, lr, searched, ratio, seeds, sizes)] = place
+        for n, done in enumerate(as_completed(running), 1):
+            i = running[done]
             rows[i] = done.result()
             scores = ", ".join(f"{r['val_accuracy']:.1f}" for r in rows[i])
+            first = rows[i][0]
             say(
-                f"[{len(rows)}/{len(work)}] {work[i].method}, keep_ratio {work[i].keep_ratio:g}: {scores} % validation, lr {rows[i][0]['lr']:g}"
+                f"[{n}/{len(running)}] {first['method']}, keep_ratio {first['keep_ratio']:g}: {scores} % validation"
             )
             table = pd.DataFrame([r for j in sorted(rows) for r in rows[j]], columns=COLUMNS)
             write_bytes(
@@ -275,34 +283,35 @@ def curves(name: str, preset: str, table: pd.DataFrame, root: Path | None = None
     return pd.concat(parts, ignore_index=True)
 
 
-def _run(task: _Task) -> list[dict[str, Any]]:
-    """All seeds and budgets of a method, the first of them with every learning rate that the search asks for."""
-    plan = load_comparison(task.name, task.root)
-
-    def train(lr: float, seed: int, budget: float = 1.0) -> Experiment:
-        of = experiment(task.name, task.preset, task.method, lr, task.keep_ratio, seed, budget, task.root)
-        of.run(lambda line: None)
-        return of
-
+def _search(method: _Method) -> tuple[float, str]:
+    """The best learning rate and all that were tried, with the first seed and keep_ratio."""
+    plan = load_comparison(method.name, method.root)
     tried: dict[float, float] = {}
 
     def reached(lr: float) -> float:
         if lr not in tried:
-            found = train(lr, task.seeds[0])
+            found = method.train(lr, plan.keep_ratios[0], plan.seeds[0])
             tried[lr] = found.record(found.stages[-1].name)["metrics"]["val_accuracy"]
         return tried[lr]
 
     best = climb(sorted(plan.lrs), plan.first_lr, reached)
-    shared = {
-        "method": task.method,
-        "keep_ratio": task.keep_ratio,
-        "lr": best,
-        "searched": " ".join(f"{x:g}" for x in sorted(tried)),
-    }
+    return best, " ".join(f"{x:g}" for x in sorted(tried))
+
+
+def _run(
+    method: _Method,
+    lr: float,
+    searched: str,
+    keep_ratio: float,
+    seeds: tuple[int, ...],
+    budgets: tuple[float, ...],
+) -> list[dict[str, Any]]:
+    """All seeds and budgets of a method at a keep_ratio, with the rate that was found."""
+    shared = {"method": method.method, "keep_ratio": keep_ratio, "lr": lr, "searched": searched}
     return [
-        shared | {"seed": seed} | _measure(train(best, seed, budget))
-        for seed in task.seeds
-        for budget in task.budgets
+        shared | {"seed": seed} | _measure(method.train(lr, keep_ratio, seed, budget))
+        for seed in seeds
+        for budget in budgets
     ]
 
 
