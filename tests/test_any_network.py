@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_flatten
 
 from alphaprune import ParallelModel, UsageError, fold, plan
 from alphaprune.measure import multiply_adds, parameters
+from alphaprune.trace import MIXING_LAYERS
 
 
 class Residual(nn.Module):
@@ -141,6 +142,21 @@ class Functional(nn.Module):
         return F.leaky_relu(F.conv2d(x, self.weight, self.bias, padding=1), 0.1)
 
 
+class NormFunctions(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(c, 12, 1), nn.Conv2d(12, c, 1)
+        self.bn, self.gn, self.ln = nn.BatchNorm2d(12), nn.GroupNorm(3, 12), nn.LayerNorm(c)
+
+    def forward(self, x):
+        bn, gn, ln = self.bn, self.gn, self.ln
+        x = F.batch_norm(
+            self.a(x), bn.running_mean, bn.running_var, bn.weight, bn.bias, training=self.training
+        )
+        x = self.b(F.group_norm(x, gn.num_groups, gn.weight, bias=gn.bias)).permute(0, 2, 3, 1)
+        return F.layer_norm(x, x.shape[-1:], ln.weight, ln.bias).permute(0, 3, 1, 2)
+
+
 PARTS = {
     "conv": (lambda c, n: nn.Conv2d(c, n, 3, padding=1), None),
     "residual": (lambda c, n: Residual(c, 1), 0),
@@ -155,6 +171,7 @@ PARTS = {
     "twice": (lambda c, n: Twice(c), 0),
     "grouped": (lambda c, n: Grouped(c), 18),
     "functional": (lambda c, n: Functional(c), 8),
+    "norm functions": (lambda c, n: NormFunctions(c), 0),
 }
 OUT = {"conv": lambda c, n: n, "dense": lambda c, n: c + 6, "shuffle": lambda c, n: 12, "grouped": lambda c, n: 18,
        "functional": lambda c, n: 8}  # fmt: skip
@@ -168,37 +185,57 @@ class Random(nn.Module):
             layers.append(PARTS[part][0](c, n))
             c = OUT.get(part, lambda c, n: c)(c, n)
         self.body, self.head = nn.Sequential(*layers), head
-        self.classifier = nn.Linear({"flatten": 16 * c}.get(head, c), 5) if head != "maps" else nn.Identity()
+        self.last = nn.Conv2d(c, c, 1) if head == "view" else nn.Identity()
+        self.classifier = (
+            nn.Linear({"flatten": 16 * c, "view": 64 * c}.get(head, c), 5)
+            if head != "maps"
+            else nn.Identity()
+        )
 
     def forward(self, x):
         x = self.body(x)
         if self.head == "maps":
             return {"maps": x}
+        if self.head == "view":  # of whatever memory order the convolution gives
+            x = self.last(x.contiguous())
+            return self.classifier(x.view(x.size(0), -1))
         if self.head == "flatten":
             return self.classifier(torch.flatten(F.adaptive_avg_pool2d(x, 4), 1))
         return self.classifier(x.amax((2, 3)))
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     st.lists(st.sampled_from(sorted(PARTS)), min_size=1, max_size=5).flatmap(
         lambda p: st.tuples(
             st.just(p), st.lists(st.integers(4, 14), min_size=len(p) + 1, max_size=len(p) + 1)
         )
     ),
-    st.sampled_from(["mean", "flatten", "maps"]),
+    st.sampled_from(["mean", "flatten", "maps", "view"]),
     st.sampled_from([0.34375, 0.5, 0.8]),
+    st.sampled_from(["uniform", "one layer else", "one excluded"]),
     st.integers(0, 2**31),
 )
-def test_random_networks_fold_exactly(parts_and_widths, head, keep_ratio, seed):
+def test_random_networks_fold_exactly(parts_and_widths, head, keep_ratio, choice, seed):
     torch.manual_seed(seed)
     network = Random(*parts_and_widths, head).double()
+    layers = [name for name, m in network.named_modules() if isinstance(m, MIXING_LAYERS)]
+    layer = layers[seed % len(layers)]
+    options = {"exclude": [layer]} if choice == "one excluded" else {}
+    if choice == "one layer else":
+        keep_ratio = {"*": keep_ratio, layer: 0.65}
     x = torch.randn(2, 2, 8, 8, dtype=torch.float64)
     try:
-        model = ParallelModel(network, keep_ratio, x)
-    except UsageError as e:  # all channels reach the output, or groups that lie across a concatenation
-        across = "grouped residual" in parts_and_widths[0] and "different numbers" in str(e)
-        assert across or "nothing to narrow" in str(e)
+        try:
+            model = ParallelModel(network, keep_ratio, x, **options)
+        except UsageError as e:  # blocks of different make across a concatenation: the remedy it names works
+            named = re.search(r"exclude=(\[.*\])$", str(e))
+            if named is None:
+                raise
+            exclude = [*options.get("exclude", []), *ast.literal_eval(named[1])]
+            model = ParallelModel(network, keep_ratio, x, exclude=exclude)
+    except UsageError as e:  # all channels reach the output, or are excluded
+        assert "nothing to narrow" in str(e), e
         return
     scramble(model, seed)
     model.alpha = 0.0
@@ -568,3 +605,73 @@ def test_layers_may_be_called_like_methods(name):
     model.alpha = 0.0
     small, certificate = fold(model)
     assert certificate.exact and getattr(small, name).out_channels == 4
+
+
+def test_one_layer_of_a_shuffled_network_can_be_left_and_its_blocks_stay_even():
+    torch.manual_seed(0)
+    network = torchvision.models.shufflenet_v2_x0_5().double().eval()
+    x = torch.randn(2, 3, 32, 32).double()
+    for options in ({"exclude": ["stage3.1.branch2.0"]}, {"keep_ratio": {"*": 0.34375, "stage2.0": 0.5}}):
+        model = ParallelModel(network, example_input=x, **options)
+        model.alpha = 0.0
+        small, certificate = fold(model)
+        assert certificate.exact
+    assert small.stage2[0].branch1[2].out_channels == small.stage2[3].branch2[5].out_channels == 12
+    assert small.stage3[0].branch1[2].out_channels == 16
+
+
+def test_a_depthwise_convolution_can_be_named():
+    network = torchvision.models.mobilenet_v2(width_mult=0.35)
+    x = torch.randn(1, 3, 32, 32)
+    for options in (
+        {"exclude": ["features.2.conv.1.0"]},
+        {"keep_ratio": {"*": 0.5, "features.2.conv.1.0": 1}},
+    ):
+        table = plan(network, example_input=x, latency=False, **options).table.set_index("layer")
+        kept = table["out_folded"] == table["out"]
+        assert kept["features.2.conv.1.0"] and kept["features.2.conv.0.0"] and not kept["features.3.conv.0.0"]
+
+
+class Multiplied(nn.Module):
+    """A depthwise convolution with two filters a channel, and one whose weight is computed."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(2, 8, 3), nn.Conv2d(8, 16, 3, groups=8)
+        self.c, self.d, self.e = nn.Conv2d(16, 8, 1), nn.Conv2d(8, 6, 1), nn.Conv2d(6, 3, 1)
+
+    def forward(self, x):
+        x = self.c(self.b(self.a(x).relu()).relu())
+        w = self.d.weight
+        return self.e(F.conv2d(x, w - w.mean((1, 2, 3), keepdim=True), self.d.bias)).mean((2, 3))
+
+
+def test_the_plan_says_why_groups_of_one_stay_and_counts_what_has_a_computed_weight():
+    network, x = Multiplied().eval(), torch.randn(2, 2, 8, 8)
+    planned = plan(network, 0.5, x, exclude=["c"], latency=False)
+    why = planned.table.set_index("layer")["why_wide"]
+    assert why["a"] == "each of its groups has one channel, and keeps it" and "computed" in why["conv2d"]
+    assert planned.table["multiply_adds"].sum() == multiply_adds(network, x[:1])
+    model = ParallelModel(network, 0.5, x, exclude=["c"])
+    model.alpha = 0.0
+    assert planned.table["multiply_adds_folded"].sum() == multiply_adds(fold(model)[0], x[:1])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (lambda net, x: ParallelModel(net, {}, x), "keep_ratio names no layer"),
+        (lambda net, x: ParallelModel(net, 0.5, x, exclude=[3]), "exclude holds 3"),
+        (lambda net, x: ParallelModel(None, 0.5, x), "network, a NoneType, is no torch.nn.Module"),
+        (lambda net, x: ParallelModel(torch.jit.trace(net, x), 0.5, x), "is compiled by torch.jit"),
+        (lambda net, x: ParallelModel(nn.Sequential(nn.LazyConv2d(3, 3)), 0.5, x), "'0.weight' has no shape yet"),
+        (lambda net, x: ParallelModel(nn.Sequential(ParallelModel(net, 0.5, x)), 0.5, x), "holds one at '0' already"),
+        (lambda net, x: fold(net), "model is a Sequential; fold takes a ParallelModel"),
+        (lambda net, x: fold(ParallelModel(net, 0.5, x), x[:, :1], force=True), r"images \(2, 1, 8, 8\) .* do not pass"),
+    ],
+)  # fmt: skip
+def test_wrong_arguments_are_named(wrong, message):
+    network = nn.Sequential(nn.Conv2d(2, 8, 3), nn.ReLU(), nn.Conv2d(8, 3, 1)).eval()
+    with pytest.raises(UsageError, match=message) as found:
+        wrong(network, torch.randn(2, 2, 8, 8))
+    assert "\n" not in str(found.value)

@@ -68,8 +68,10 @@ def compose(
         groups, transposed: of the convolution.
 
     Returns:
-        The same with k_out for O and k_in for C, which stay where R and E are left out.
+        The same with k_out for O and k_in for C, which stay where R and E are left out; contiguous where W is, since a
+        convolution hands the order of its weight on to its output, which forward() may take a view of.
     """
+    contiguous = weight.is_contiguous()
     with torch.autocast(weight.device.type, enabled=False):  # products of weights are worth full precision
         if transposed:
             weight = _swap(weight, groups)
@@ -81,7 +83,8 @@ def compose(
                 weight = torch.einsum("oacb...,ck->oakb...", entries, expand.weight).flatten(1, 3)
         if reduce is not None:
             weight = _blocks("ro,o...->r...", reduce.weight, weight, groups)
-        return _swap(weight, groups) if transposed else weight
+        weight = _swap(weight, groups) if transposed else weight
+        return weight.clone(memory_format=torch.contiguous_format) if contiguous else weight
 
 
 def compose_bias(bias: Tensor | None, reduce: ChannelMap | None) -> Tensor | None:

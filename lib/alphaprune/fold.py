@@ -115,6 +115,8 @@ def fold(
     Raises:
         UsageError: if `force` is not set and alpha is not 0, or what came out is another function by far.
     """
+    if not isinstance(model, ParallelModel):
+        raise UsageError(f"model is a {type(model).__name__}; fold takes a ParallelModel")
     if model.alpha != 0 and not force:
         raise UsageError(
             f"alpha is {model.alpha}, folding is exact only at 0; set model.alpha = 0, or fold(..., force=True)"
@@ -197,7 +199,7 @@ def _certify(model: ParallelModel, small: nn.Module, images: tuple[Tensor, ...])
     ]
     try:
         with in_eval_mode(model, small):
-            output, narrow = model.run(*images)
+            output, narrow = _run(model, images)
             folded = small(*images)
     finally:
         for hook in hooks:
@@ -209,6 +211,19 @@ def _certify(model: ParallelModel, small: nn.Module, images: tuple[Tensor, ...])
         if name in found
     )
     return compare(small, tensors(output), tensors(folded), layers, len(images[0]), model.alpha)
+
+
+def _run(model: ParallelModel, images: tuple[Tensor, ...]) -> tuple[Any, dict[str, Tensor]]:
+    try:
+        return model.run(*images)
+    except Exception as e:
+        shapes = ", ".join(
+            f"{tuple(x.shape)} {x.dtype}" if isinstance(x, Tensor) else repr(x) for x in images
+        )
+        reason = " ".join(str(e).split())[:160]
+        raise UsageError(
+            f"images {shapes} do not pass through the model ({reason}); give a batch like example_input"
+        ) from e
 
 
 def compare(

@@ -33,6 +33,9 @@ MIXING_FUNCTIONS = {
     F.conv_transpose1d: 6, F.conv_transpose2d: 6, F.conv_transpose3d: 6,
 }  # fmt: skip
 
+# Of norms called as functions, and where their number of groups stands among the arguments.
+NORM_FUNCTIONS = {F.batch_norm: None, F.instance_norm: None, F.layer_norm: None, F.group_norm: 1}
+
 
 @dataclass(frozen=True)
 class Pattern:
@@ -106,6 +109,7 @@ class Structure:
         labels: by node name the ids in its tensor, of length 1 in every dimension along which they do not differ;
             None where a tensor is not narrowed.
         atoms: sets of roots; of each set a share is kept.
+        even: sets of roots that an operation divides into blocks of the same length, so one share is kept of all.
         fixed: why channels are not narrowed, by root.
     """
 
@@ -115,6 +119,7 @@ class Structure:
     channel_layers: dict[str, ChannelLayer] = field(default_factory=dict)
     labels: dict[str, Any] = field(default_factory=dict)
     atoms: list[Tensor] = field(default_factory=list)
+    even: list[Tensor] = field(default_factory=list)
     fixed: dict[int, str] = field(default_factory=dict)
 
     def is_fixed(self, ids: Tensor) -> bool:
@@ -124,6 +129,11 @@ class Structure:
     @cached_property
     def _fixed_roots(self) -> Tensor:  # only asked for when all reasons are known
         return torch.tensor(sorted(self.fixed), dtype=torch.long)
+
+    def depthwise(self) -> list[ChannelLayer]:
+        """The depthwise convolutions, an entry a layer."""
+        layers = {x.key: x for x in self.channel_layers.values() if not x.is_parameter}.values()
+        return [x for x in layers if isinstance(self.trace.network.get_submodule(x.name), MIXING_LAYERS)]
 
     def tied(self) -> list[str]:
         """The mixers whose output channels are tied to another's, a line a group: `conv, blocks.0.conv2`."""
@@ -176,6 +186,7 @@ class _Reader:
         self.unknown: set[str] = set()  # nodes behind an uncovered one, whose channels nobody knows
         self.reasons_behind: list[tuple[Tensor, str]] = []  # what meets those is not narrowed either
         self.blocks: list[tuple[Tensor, int]] = []  # channels that are divided into blocks of equal share
+        self.even: list[tuple[str, Tensor]] = []  # where that is, or where what lies in a block is not known
         self.by_name: dict[str, Mixer | ChannelLayer] = {}
 
     # ---- one node
@@ -228,6 +239,8 @@ class _Reader:
             return self._channel_layer(node, module)
         if isinstance(module, nn.PReLU):
             return self._given(node)
+        if node.target in NORM_FUNCTIONS:
+            return self._norm_function(node)
         rule = rule_of(node, module)
         if rule is None or rule is Rule.NUMBER:  # a number has no channels, and this is a tensor
             raise _Uncovered("is covered by no rule, it may mix channels")
@@ -295,6 +308,7 @@ class _Reader:
             self.blocks.append((mixer.ids, groups))
             if groups > 1 and ids_in is not None:
                 self.blocks.append((ids_in, groups))
+                self.even.append((name, ids_in))
         if len(mixer.ids) == 1:
             self.reasons.append((mixer.ids, "it has one channel"))
             return None
@@ -353,6 +367,23 @@ class _Reader:
             self.s.channel_layers[node.name] = self.by_name[node.target] = layer
         if isinstance(module, nn.GroupNorm) and module.num_groups > 1:
             self.blocks.append((ids, module.num_groups))
+            self.even.append((node.target, ids))
+        return given
+
+    def _norm_function(self, node: fx.Node) -> Tensor:
+        """A norm called as a function: its parameters and statistics hold a number for each channel it reads."""
+        given = self._given(node)
+        dim = given.dim() - 1 if node.target is F.layer_norm else 1
+        others = [n for n in node.all_input_nodes[1:] if isinstance(self.trace.values[n.name], Tensor)]
+        labels = [self.labels[n.name] for n in others]
+        if _varying(given) != [dim] or any(x is None or x.numel() != given.numel() for x in labels):
+            raise _Uncovered("normalises over more than the channels of each place, or with computed numbers")
+        for x in labels:
+            self.ties.tie(given, x)
+        if (place := NORM_FUNCTIONS[node.target]) is not None:
+            groups = node.kwargs.get("num_groups", node.args[place] if len(node.args) > place else None)
+            self.blocks.append((given.flatten(), groups))
+            self.even.append((node.name, given.flatten()))
         return given
 
     def _parameter(self, node: fx.Node) -> Tensor | None:
@@ -447,11 +478,13 @@ class _Reader:
         if given.shape[0] == 1 and any(t.shape[0] > 1 for t in parts):
             raise _Uncovered("moves channels among images")
         flat = given.flatten()
-        if bool((flat.diff() == 1).all()):  # channels in one row, so blocks of them keep their meaning
-            if len(parts) > 1 and len({p.numel() for p in parts}) == 1:
-                self.blocks.append((flat, len(parts)))
-            elif len(_varying(parts[0])) > 1:
-                self.blocks.append((flat, parts[0].shape[_varying(parts[0])[0]]))
+        split = len(parts) > 1 and len({p.numel() for p in parts}) == 1
+        split = split and sum(p.numel() for p in parts) == len(flat)
+        if split or (len(parts) == 1 and len(_varying(parts[0])) > len(_varying(given))):
+            self.even.append((node.name, flat))
+            if bool((flat.diff() == 1).all()):  # channels in one row, so blocks of them keep their meaning
+                number = len(parts) if split else parts[0].shape[_varying(parts[0])[0]]
+                self.blocks.append((flat, number))
         return parts if isinstance(moved, tuple | list) else parts[0]
 
     def _joining(self, node: fx.Node, module: nn.Module | None) -> Tensor:
@@ -485,10 +518,13 @@ class _Reader:
         s, roots = self.s, self.ties.roots
         mixers = list({m.key: m for m in s.mixers.values()}.values())
         for pattern in exclude:
-            meant = [m for m in mixers if matches(m.name, pattern)]
+            layers = [*mixers, *s.depthwise()]
+            if not isinstance(pattern, str):
+                raise UsageError(f"exclude holds {pattern!r}; give names or patterns, such as 'layer4.*'")
+            meant = [m for m in layers if matches(m.name, pattern)]
             if not meant:
                 raise UsageError(
-                    f"exclude {pattern!r} matches no layer{_like(pattern, [m.name for m in mixers])}"
+                    f"exclude {pattern!r} matches no layer{_like(pattern, [m.name for m in layers])}"
                 )
             self.reasons += [(m.ids, f"'{m.name}' is excluded") for m in meant]
         own = {r for m in mixers for r in roots(m.ids).tolist()}
@@ -507,6 +543,7 @@ class _Reader:
                 f"{open_ends[0][0]}{more}; to leave what is read there as wide as it is, exclude={names}"
             )
         self._fix(self.reasons_behind, mixers)
+        s.even = [roots(ids) for _, ids in self.even]
         constraints = [(roots(ids), blocks) for ids, blocks in self.blocks]
         s.atoms = [a for a in atoms(constraints) if any(r not in s.fixed for r in a.tolist())]
         if not s.atoms:
@@ -517,7 +554,8 @@ class _Reader:
         return s
 
     def _fix(self, reasons: list[tuple[Tensor, str]], mixers: list[Mixer]) -> None:
-        """A mixer keeps all channels or a share of all: what is fixed for one channel is fixed for its layer."""
+        """A mixer keeps all channels or a share of all: what is fixed for one channel is fixed for its layer, and for
+        all that are divided into blocks with it."""
         for ids, reason in reasons:
             self.s.fixed.update((r, reason) for r in self.ties.roots(ids).tolist() if r not in self.s.fixed)
         changed = True
@@ -529,6 +567,13 @@ class _Reader:
                 if known and known != all_roots:
                     changed = True
                     self.s.fixed.update(dict.fromkeys(all_roots - known, f"tied to '{m.name}'"))
+            for name, ids in self.even:
+                all_roots = set(self.ties.roots(ids).tolist())
+                known = all_roots & self.s.fixed.keys()
+                if known and known != all_roots:
+                    changed = True
+                    reason = f"tied at '{name}', whose blocks keep the same number, to channels that stay"
+                    self.s.fixed.update(dict.fromkeys(all_roots - known, reason))
 
 
 def _tensors(value: Any) -> bool:

@@ -32,7 +32,7 @@ from alphaprune.graph import ChannelLayer, Mixer, attribute, read
 from alphaprune.initialise import Init, fit_branches, put_back
 from alphaprune.modes import in_eval_mode
 from alphaprune.selection import select
-from alphaprune.trace import as_inputs, layers_in_place, trace
+from alphaprune.trace import as_inputs, check_network, layers_in_place, trace
 from alphaprune.widths import KeepRatio, call, choose, for_target, is_narrow
 
 # Part of the identity of every stage with branches. Raise it when their names or their start change.
@@ -105,8 +105,10 @@ class ParallelModel(nn.Module):
         images: Tensor | tuple[Tensor, ...] | None = None,
     ):
         super().__init__()
-        if isinstance(network, ParallelModel):
-            raise UsageError("network is a ParallelModel already; pass the network it was made from")
+        check_network(network)
+        if inside := [name for name, m in network.named_modules() if isinstance(m, ParallelModel)]:
+            where = f"holds one at '{inside[0]}'" if inside[0] else "is a ParallelModel"
+            raise UsageError(f"network {where} already; pass the network it was made from")
         if example_input is None:
             raise UsageError("example_input is missing; pass one batch of images as the network expects it")
         if sum(choice is not None for choice in (keep_ratio, for_macs, for_params)) > 1:

@@ -106,9 +106,15 @@ def _table(model: ParallelModel) -> pd.DataFrame:
     table = pd.concat([wide[["in", "out"]].first(), wide[total].sum()], axis=1)
     narrow = pd.concat([folded[["in", "out"]].first(), folded[total].sum()], axis=1)
     table = table.join(narrow.add_suffix("_folded")).reset_index(names="layer")
-    table.insert(1, "kind", [_kind(model.network, name) for name in table["layer"]])
-    table["why_wide"] = [_why_wide(model, owners[name]) for name in table["layer"]]
-    counted = {id(p) for name in table["layer"] for p in _parameters_of(model.network, name)}
+    kinds = [_kind(model.network, name) if name in owners else "function" for name in table["layer"]]
+    table.insert(1, "kind", kinds)
+    computed = "it is called with a computed weight"
+    table["why_wide"] = [
+        _why_wide(model, owners[name]) if name in owners else computed for name in table["layer"]
+    ]
+    counted = {
+        id(p) for name in table["layer"] if name in owners for p in _parameters_of(model.network, name)
+    }
     counted |= {id(attribute(model.network, n)) for m in s.mixers.values() for n in (m.weight, m.bias) if n}
     called = {n.target for n in s.trace.nodes}
     rest = []
@@ -152,7 +158,11 @@ def _why_wide(model: ParallelModel, owner: Any) -> str:
     else:
         narrow = owner.key in model.narrow_layers or owner.key in model.narrow_parameters
         kept, reason = model.widths.held_by(owner), None if narrow else "what it reads is wide"
-    return reason or ("its share is all of its channels" if len(kept) == len(owner.ids) else "")
+    if reason or len(kept) < len(owner.ids):
+        return reason or ""
+    atoms = [a for a in model.structure.atoms if torch.isin(model.structure.ties.roots(owner.ids), a).any()]
+    alone = any(len(a) == 1 for a in atoms) and len(owner.ids) > 1
+    return "each of its groups has one channel, and keeps it" if alone else "its share is all of its channels"
 
 
 @torch.no_grad()

@@ -81,6 +81,16 @@ def layers_in_place(network: nn.Module) -> list[str]:
     ]
 
 
+def check_network(network: nn.Module) -> None:
+    """Refuse what cannot be traced for a reason that can be named (raises UsageError)."""
+    if not isinstance(network, nn.Module) or isinstance(network, torch.jit.ScriptModule):
+        what = "is compiled by torch.jit" if isinstance(network, nn.Module) else "is no torch.nn.Module"
+        raise UsageError(f"network, a {type(network).__name__}, {what}; pass the plain network")
+    tensors = [*network.named_parameters(), *network.named_buffers()]
+    if lazy := [name for name, t in tensors if nn.parameter.is_lazy(t)]:
+        raise UsageError(f"'{lazy[0]}' has no shape yet; run the network once on a batch first")
+
+
 def trace(
     network: nn.Module, example_input: Tensor | tuple[Tensor, ...], in_place: Sequence[str] = ()
 ) -> Trace:

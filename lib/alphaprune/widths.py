@@ -10,10 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.utils._pytree import tree_flatten
 
 from alphaprune.errors import UsageError
-from alphaprune.graph import ChannelLayer, Mixer, Structure, attribute, matches
+from alphaprune.graph import MIXING_FUNCTIONS, ChannelLayer, Mixer, Structure, attribute, matches
 from alphaprune.rules import OUT_OF_PLACE, describe
+from alphaprune.trace import Trace
 
 KeepRatio = float | Mapping[str, float]
 
@@ -98,10 +100,13 @@ def _share(channels: int, ratio: float, blocks: int, name: str, round_to: int) -
 def _ratios(structure: Structure, keep_ratio: KeepRatio) -> dict[int, tuple[float, int, str]]:
     """By root: the ratio that counts there, the blocks its layer is divided into, and the layer's name."""
     by_name = keep_ratio if isinstance(keep_ratio, Mapping) else {"*": keep_ratio}
+    if not by_name:
+        raise UsageError("keep_ratio names no layer; give one number, or a mapping such as {'*': 0.5}")
     for name, ratio in by_name.items():
         if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 < ratio <= 1:
             raise UsageError(f"keep_ratio is {ratio!r}; give a number in (0, 1], such as 0.34375")
-        if not any(matches(m.name, name) for m in structure.mixers.values()):
+        layers = (*structure.mixers.values(), *structure.depthwise())
+        if not any(matches(layer.name, name) for layer in layers):
             raise UsageError(f"keep_ratio names {name!r}, which matches no layer")
     atom_of = {r: i for i, atom in enumerate(structure.atoms) for r in atom.tolist()}
     found: dict[int, tuple[float, int, str]] = {}
@@ -113,6 +118,20 @@ def _ratios(structure: Structure, keep_ratio: KeepRatio) -> dict[int, tuple[floa
         for r in roots:
             before = found.get(r, (0.0, 1, mixer.name))
             found[r] = max(ratio, before[0]), max(in_sets, before[1]), before[2]
+    for layer in structure.depthwise():
+        own = [ratio for name, ratio in by_name.items() if matches(layer.name, name)]
+        for r in structure.ties.roots(layer.ids).tolist() if own else ():
+            if r in found:
+                found[r] = max(own[-1], found[r][0]), *found[r][1:]
+    uneven = True
+    while uneven:  # blocks of a channel shuffle, a split or a grouped convolution keep the same share
+        uneven = False
+        for roots in structure.even:
+            own = [found[r][0] for r in roots.tolist() if r in found]
+            if own and min(own) < max(own):
+                uneven = True
+                for r in set(roots.tolist()) & found.keys():
+                    found[r] = max(own), *found[r][1:]
     return found
 
 
@@ -158,7 +177,8 @@ def costs(structure: Structure, widths: Widths | None = None) -> list[dict[str, 
     """Parameters and multiply-adds (of one image) of every layer, wide or at the given widths.
 
     Returns:
-        One row a mixer or channel layer, in order: name, in, out (channels), parameters, multiply_adds.
+        One row a mixer or channel layer, and one a mixing function whose weight is computed (which stays wide), in order:
+        name, in, out (channels), parameters, multiply_adds.
     """
     trace = structure.trace
     batch = next(trace.values[n.name] for n in trace.nodes if n.op == "placeholder").shape[0]
@@ -166,6 +186,8 @@ def costs(structure: Structure, widths: Widths | None = None) -> list[dict[str, 
     own = {name for m in structure.mixers.values() for name in (m.weight, m.bias)}
     for node in trace.nodes:
         mixer, layer = structure.mixers.get(node.name), structure.channel_layers.get(node.name)
+        if mixer is None and node.target in MIXING_FUNCTIONS:
+            rows.append(_computed(trace, node, batch))
         if mixer is None and (layer is None or layer.name in own):
             continue
         owner = mixer or layer
@@ -206,6 +228,22 @@ def costs(structure: Structure, widths: Widths | None = None) -> list[dict[str, 
             }
         )
     return rows
+
+
+def _computed(trace: Trace, node: fx.Node, batch: int) -> dict[str, Any]:
+    """The row of a convolution or linear function that is called with a computed weight."""
+    weight = trace.values[(node.args[1] if len(node.args) > 1 else node.kwargs["weight"]).name]
+    source, value = trace.values[node.args[0].name], trace.values[node.name]
+    transposed = node.target.__name__.startswith("conv_tr")
+    places = (source if transposed else value).numel() // batch  # each of these numbers meets a filter
+    dim = -1 if weight.dim() == 2 else 1
+    return {
+        "name": node.name,
+        "in": source.shape[dim],
+        "out": value.shape[dim],
+        "parameters": 0,
+        "multiply_adds": places * weight[0].numel(),
+    }
 
 
 def is_narrow(structure: Structure, node: fx.Node, narrow: Mapping[str, Any]) -> bool:
@@ -271,7 +309,7 @@ def _run(structure: Structure, node: fx.Node, values: dict[str, Any]) -> Any:
     except Exception as e:
         raise UsageError(
             f"{describe(node, trace.module(node))} cannot run on fewer channels, it counts on a fixed number of them "
-            f"({str(e).splitlines()[0][:120]}); compute numbers from x.shape"
+            f"({str(e).splitlines()[0][:120]}); compute numbers from x.shape, or exclude={_read_at(structure, node)}"
         ) from None
 
 
@@ -297,7 +335,8 @@ def _check_shape(structure: Structure, node: fx.Node, value: Any) -> None:
     if not same or 0 in value.shape:
         raise UsageError(
             f"{describe(node, structure.trace.module(node))} gives {tuple(value.shape)} on fewer channels where it gave "
-            f"{tuple(wide.shape)}: it counts on a fixed number of them; compute numbers from x.shape, or flatten(1)"
+            f"{tuple(wide.shape)}: it counts on a fixed number of them; compute numbers from x.shape, or flatten(1), or "
+            f"exclude={_read_at(structure, node)}"
         )
 
 
@@ -305,12 +344,20 @@ def _check_groups(widths: Widths, name: str, ids: Tensor, groups: int) -> None:
     size = len(ids) // groups
     per_group = torch.bincount(widths.positions(ids) // size, minlength=groups)
     if bool((per_group != per_group[0]).any()):
-        own = widths.structure.ties.roots(ids)
-        feeding = [
-            m.name
-            for m in {m.key: m for m in widths.structure.mixers.values()}.values()
-            if bool(torch.isin(widths.structure.ties.roots(m.ids), own).any())
-        ]
         raise UsageError(
-            f"the {groups} groups of '{name}' would keep different numbers of channels; exclude={feeding}"
+            f"the {groups} groups of '{name}' would keep different numbers of channels; exclude={_made_by(widths.structure, ids)}"
         )
+
+
+def _read_at(structure: Structure, node: fx.Node) -> list[str]:
+    """The mixers whose channels a node reads."""
+    labels = [structure.labels[n.name] for n in node.all_input_nodes]
+    ids = [x.flatten() for x in tree_flatten(labels)[0] if isinstance(x, Tensor)]
+    return _made_by(structure, torch.cat(ids)) if ids else []
+
+
+def _made_by(structure: Structure, ids: Tensor) -> list[str]:
+    """The mixers that these channels are the output of."""
+    roots = structure.ties.roots(ids)
+    mixers = {m.key: m for m in structure.mixers.values()}.values()
+    return [m.name for m in mixers if bool(torch.isin(structure.ties.roots(m.ids), roots).any())]
