@@ -116,7 +116,7 @@ $(R)/notebooks/pretrain_resnet20.ipynb: notebooks/01_pretraining.ipynb params/$(
 	@touch $(R)/.changed
 
 $(R)/notebooks/skips.ipynb: notebooks/06_skip_connections.ipynb $(LIBRARY) params/$(PRESET)/preset.yaml \
-    $(foreach e,resnet20_narrow resnet20_plain,params/$(PRESET)/$(e).yaml params/report/$(e).yaml) $(R)/notebooks/pretrain.ipynb $(R)/notebooks/pretrain_resnet20.ipynb
+    $(foreach e,resnet20_narrow resnet20_plain,params/$(PRESET)/$(e).yaml params/report/$(e).yaml) $(R)/notebooks/pruned.ipynb $(R)/notebooks/pretrain_resnet20.ipynb
 	@$(RUN) $< $@ -p preset $(PRESET)
 	@touch $(R)/.changed
 

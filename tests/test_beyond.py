@@ -16,6 +16,7 @@ def test_skip_connections(whole_project):
     assert [
         re.search(rf"ResNet-20\s+{way}", page) is not None for way in ("original", "narrow", "plain")
     ] == [True] * 3
+    assert re.search(r"VGG-16\s+narrow", page)
     assert re.search(r"conv, blocks\.0\.conv2", page)
 
 
