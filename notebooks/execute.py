@@ -2,7 +2,8 @@
 
     python notebooks/execute.py notebooks/02_alpha_decay.ipynb OUT.ipynb -f params/quick/fig4.yaml -p seed 1
 
-The output gets its name when the last cell is done. A notebook that fails is kept beside it, as OUT.failed.ipynb.
+The output gets its name when the last cell is done. A notebook that fails is kept beside it, as OUT.failed.ipynb. SIGTERM and
+Ctrl-C are passed on to the notebook, which saves what it is at and stops.
 """
 
 from __future__ import annotations
@@ -10,13 +11,18 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import signal
 import sys
 import tempfile
 from pathlib import Path
+from types import FrameType
 
 import papermill
+import psutil
 import yaml
 from traitlets.config import Config
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def main() -> int:
@@ -39,6 +45,18 @@ def main() -> int:
     running = args.output.with_name(f".{args.output.stem}.{os.getpid()}.ipynb")
     failed = args.output.with_suffix(".failed.ipynb")
     logging.getLogger("papermill").setLevel(logging.ERROR)  # the notebook itself checks its parameters
+    asked: list[int] = []
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        kernels = psutil.Process().children()
+        if asked or not kernels:  # it does not wait a second time, nor for what has not begun
+            raise SystemExit(128 + number)
+        asked.append(number)
+        for kernel in kernels:
+            kernel.send_signal(signal.SIGINT)
+
+    for number in SIGNALS:
+        signal.signal(number, pass_on)
     try:
         with tempfile.TemporaryDirectory(prefix="kernel-") as sockets:
             # Sockets in a folder of their own, not ports: notebooks can run side by side.
@@ -53,9 +71,17 @@ def main() -> int:
                 extra_arguments=["--IPKernelApp.log_level=CRITICAL"],
             )
     except Exception as e:
+        name, text = getattr(e, "ename", type(e).__name__), getattr(e, "evalue", str(e))
+        if asked:
+            running.unlink(missing_ok=True)
+            where = f" ({text})" if name == "Interrupted" else ""
+            print(
+                f"alphaprune: {args.output} was stopped{where}; the same command goes on from there",
+                file=sys.stderr,
+            )
+            return 128 + asked[0]
         if running.exists():
             os.replace(running, failed)
-        name, text = getattr(e, "ename", type(e).__name__), getattr(e, "evalue", str(e))
         print(f"alphaprune: {' '.join(text.split())} ({name}; see {failed})", file=sys.stderr)
         return 2 if name == "UsageError" else 1
     except BaseException:  # interrupted

@@ -1,13 +1,18 @@
 """A stage: learns, stops, resumes exactly, survives a loss that explodes."""
 
 import dataclasses
+import os
+import signal
 
+import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from alphaprune import ParallelModel, data
+from alphaprune import ParallelModel, data, train
+from alphaprune.interrupt import Interrupted
 from alphaprune.models import VGG
+from alphaprune.objective import Objective
 from alphaprune.train import Recipe, derive_seed, evaluate, fit
 
 RECIPE = Recipe(lr=0.05, max_epochs=4, batch_size=32, log_every=2, lr_patience=0, weight_decay=1e-3)
@@ -26,39 +31,133 @@ class Killed(Exception):
     pass
 
 
-@settings(max_examples=6, deadline=None)
+class DiesAfter(torch.optim.SGD):
+    """Stops the process's work at steps of its choice, as a kill would: whatever was not saved is lost."""
+
+    left: list[int] = []
+
+    def step(self, closure=None):
+        super().step(closure)
+        if self.left and self.left[0] == 0:
+            self.left.pop(0)
+            raise Killed
+        if self.left:
+            self.left[0] -= 1
+
+
+def same(outcome, expected, resumed, whole):
+    assert outcome.history == expected.history
+    numbers = ("best_epoch", "best_accuracy", "epochs", "steps", "images", "diverged")
+    assert [getattr(outcome, n) for n in numbers] == [getattr(expected, n) for n in numbers]
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[name]), name
+
+
+@settings(max_examples=8, deadline=None)
 @given(
-    st.sets(st.integers(1, 3), min_size=1, max_size=3),
+    st.lists(st.integers(0, 5), min_size=1, max_size=4),
     st.sampled_from(["plateau", "one_cycle"]),
     st.sampled_from([0.0, 0.5]),
     st.booleans(),
+    st.sampled_from(["fixed", "bernoulli"]),
+    st.sampled_from([0.0, 3600.0]),
 )
-def test_killed_and_resumed_equals_uninterrupted(tmp_path_factory, kills, schedule, alpha, train_wide):
+def test_killed_and_resumed_equals_uninterrupted(
+    tmp_path_factory, kills, schedule, alpha, train_wide, draw, save_every
+):
     recipe = dataclasses.replace(RECIPE, lr_schedule=schedule)
     folder = tmp_path_factory.mktemp("resume")
+    assume(draw == "fixed" or train_wide)  # a batch that draws 1 throughout trains nothing else
+    objective = Objective(draw=draw)
     whole = model(alpha, train_wide)
-    expected = fit(whole, TRAIN, VAL, recipe, "key", folder / "whole.safetensors")
+    expected = fit(whole, TRAIN, VAL, recipe, "key", folder / "whole.safetensors", objective=objective)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "SAVE_EVERY", save_every)  # after every step, or every epoch
+        patch.setattr(torch.optim, "SGD", DiesAfter)
+        DiesAfter.left = list(kills)
+        for _ in range(len(kills) + 1):
+            torch.rand(7)  # whatever else uses random numbers meanwhile
+            resumed = model(alpha, train_wide)
+            try:
+                outcome = fit(
+                    resumed, TRAIN, VAL, recipe, "key", folder / "cut.safetensors", objective=objective
+                )
+            except Killed:
+                continue
+            break
+    same(outcome, expected, resumed, whole)
 
-    def die(outcome):
-        if outcome.epochs in kills:
-            kills.remove(outcome.epochs)
-            raise Killed
 
-    for _ in range(len(kills) + 1):
-        torch.rand(7)  # whatever else uses random numbers meanwhile
-        resumed = model(alpha, train_wide)
-        try:
-            outcome = fit(resumed, TRAIN, VAL, recipe, "key", folder / "cut.safetensors", die)
-        except Killed:
-            continue
-    assert outcome.history == expected.history
-    assert (outcome.best_epoch, outcome.steps, outcome.images) == (
-        expected.best_epoch,
-        expected.steps,
-        expected.images,
-    )
-    for name, value in whole.state_dict().items():
-        assert torch.equal(value, resumed.state_dict()[name]), name
+def test_a_resume_that_forgets_the_random_state_would_be_caught(tmp_path, monkeypatch):
+    objective = Objective(draw="bernoulli")
+    whole = model()
+    expected = fit(whole, TRAIN, VAL, RECIPE, "key", tmp_path / "whole.safetensors", objective=objective)
+    monkeypatch.setattr(train, "SAVE_EVERY", 0.0)
+    monkeypatch.setattr(torch.optim, "SGD", DiesAfter)
+    monkeypatch.setattr(torch, "set_rng_state", lambda state: None)
+    DiesAfter.left = [4]  # in the second epoch
+    with pytest.raises(Killed):
+        fit(model(), TRAIN, VAL, RECIPE, "key", tmp_path / "cut.safetensors", objective=objective)
+    resumed = model()
+    outcome = fit(resumed, TRAIN, VAL, RECIPE, "key", tmp_path / "cut.safetensors", objective=objective)
+    with pytest.raises(AssertionError):
+        same(outcome, expected, resumed, whole)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("at", ["a step", "the end of an epoch", "the last epoch"])
+def test_a_signal_stops_at_the_next_safe_point_and_nothing_is_lost(tmp_path, monkeypatch, number, at):
+    whole = model()
+    expected = fit(whole, TRAIN, VAL, RECIPE, "key", tmp_path / "whole.safetensors")
+    calls = []
+
+    def measure(epoch):
+        if (at, epoch) in {("the end of an epoch", 2), ("the last epoch", 4)}:
+            os.kill(os.getpid(), number)
+        return {}
+
+    class Signalled(torch.optim.SGD):
+        def step(self, closure=None):
+            super().step(closure)
+            calls.append(0)
+            if at == "a step" and len(calls) == 5:
+                os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(torch.optim, "SGD", Signalled)
+    handlers = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
+    with pytest.raises(Interrupted, match="saved after") as stopped:
+        fit(model(), TRAIN, VAL, RECIPE, "key", tmp_path / "cut.safetensors", measure=measure)
+    assert stopped.value.exit_code == 128 + number
+    assert handlers == [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
+    done = len(calls)
+    resumed = model()
+    outcome = fit(resumed, TRAIN, VAL, RECIPE, "key", tmp_path / "cut.safetensors")
+    same(outcome, expected, resumed, whole)
+    assert len(calls) == expected.steps and done == {"a step": 5, "the end of an epoch": 6}.get(at, 12)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "a bit", "swapped"])
+def test_a_damaged_state_is_named_and_the_one_before_taken(tmp_path, monkeypatch, damage):
+    path, slots = tmp_path / "c.safetensors", [tmp_path / f"c.{i}.safetensors" for i in (0, 1)]
+    whole = model()
+    expected = fit(whole, TRAIN, VAL, RECIPE, "key", tmp_path / "whole.safetensors")
+    monkeypatch.setattr(torch.optim, "SGD", DiesAfter)
+    DiesAfter.left = [7]  # two epochs are saved
+    with pytest.raises(Killed):
+        fit(model(), TRAIN, VAL, RECIPE, "key", path)
+    newest = max(slots, key=lambda p: p.stat().st_mtime_ns)
+    content = newest.read_bytes()
+    if damage == "swapped":
+        other = next(s for s in slots if s != newest)
+        newest.write_bytes(other.read_bytes())
+        other.write_bytes(content)
+    else:
+        flipped = content[:500] + bytes([content[500] ^ 1]) + content[501:]
+        newest.write_bytes({"truncated": content[:1000], "empty": b"", "a bit": flipped}[damage])
+    resumed = model()
+    with pytest.warns(UserWarning, match=r"c\.[01]\.safetensors is damaged"):
+        outcome = fit(resumed, TRAIN, VAL, RECIPE, "key", path)
+    same(outcome, expected, resumed, whole)
 
 
 def test_another_key_gives_another_run(tmp_path):
@@ -66,13 +165,6 @@ def test_another_key_gives_another_run(tmp_path):
         fit(model(), TRAIN, VAL, RECIPE, key, tmp_path / f"{key}.safetensors").history for key in ("a", "b")
     ]
     assert runs[0] != runs[1]
-
-
-def test_a_checkpoint_cut_off_while_written_starts_the_stage_again(tmp_path):
-    path = tmp_path / "c.safetensors"
-    expected = fit(model(), TRAIN, VAL, RECIPE, "key", path)
-    path.write_bytes(path.read_bytes()[:1000])
-    assert fit(model(), TRAIN, VAL, RECIPE, "key", path).history == expected.history
 
 
 def test_training_learns_and_keeps_the_best_checkpoint(tmp_path):

@@ -13,9 +13,11 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -29,6 +31,7 @@ from alphaprune import data as images
 from alphaprune.errors import UsageError
 from alphaprune.experiment import Experiment
 from alphaprune.fold import fold
+from alphaprune.interrupt import ending_with_a_line
 from alphaprune.measure import multiply_adds, parameters
 from alphaprune.parallel import ParallelModel
 from alphaprune.settings import load_settings, project_root
@@ -137,9 +140,8 @@ def compare(
         seeds, ratios = seeds[:1], ratios[:1]
     sizes = (1.0, *plan.budgets) if budgets else (1.0,)
     target = root / "results" / preset / (f"{name}_budgets.csv" if budgets else f"{name}.csv")
-    earlier = pd.read_csv(target) if target.is_file() else pd.DataFrame(columns=COLUMNS)
     rows: dict[int, list[dict[str, Any]]] = {}
-    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+    with _workers(jobs) as pool:
         searching = {pool.submit(_search, method): method for method in chosen}
         running: dict[Future, int] = {}
         for n, done in enumerate(as_completed(searching), 1):
@@ -157,10 +159,29 @@ def compare(
                 f"[{n}/{len(running)}] {first['method']}, keep_ratio {first['keep_ratio']:g}: {scores} % validation"
             )
             table = pd.DataFrame([r for j in sorted(rows) for r in rows[j]], columns=COLUMNS)
-            write_bytes(
-                target, _merged(earlier, table, plan).to_csv(index=False, float_format="%.6g").encode()
-            )
+            earlier = pd.read_csv(target) if target.is_file() else pd.DataFrame(columns=COLUMNS)
+            merged = _merged(earlier, table, plan).to_csv(index=False, float_format="%.6g")
+            write_bytes(target, merged.encode())
     return table
+
+
+@contextmanager
+def _workers(jobs: int) -> Iterator[ProcessPoolExecutor]:
+    """Processes to run in. Where this one is stopped, they are told to save and stop too, and nothing new begins."""
+    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _leave_to_parent)
+    try:
+        yield pool
+    except BaseException:
+        for worker in multiprocessing.active_children():
+            worker.terminate()
+        pool.shutdown(cancel_futures=True)
+        raise
+    pool.shutdown()
+
+
+def _leave_to_parent() -> None:
+    """Ctrl-C reaches all processes of a terminal; the one that has the others tells them."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _merged(earlier: pd.DataFrame, table: pd.DataFrame, plan: Comparison) -> pd.DataFrame:
@@ -375,17 +396,18 @@ def main(arguments: list[str] | None = None) -> None:
         print(line, flush=True)
 
     try:
-        table = compare(
-            args.name,
-            args.preset,
-            None,
-            args.method,
-            args.keep_ratio,
-            args.seed,
-            args.jobs,
-            args.budgets,
-            say,
-        )
+        with ending_with_a_line():
+            table = compare(
+                args.name,
+                args.preset,
+                None,
+                args.method,
+                args.keep_ratio,
+                args.seed,
+                args.jobs,
+                args.budgets,
+                say,
+            )
         print(
             (table if args.budgets else summary(table)).to_string(index=False, float_format="{:.4g}".format)
         )

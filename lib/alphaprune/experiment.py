@@ -30,6 +30,8 @@ from alphaprune import data as images
 from alphaprune.blend import WIDE_SHARE, wide_share
 from alphaprune.errors import UsageError
 from alphaprune.fold import fold
+from alphaprune.interrupt import Interrupted, ending_with_a_line
+from alphaprune.lock import only_here
 from alphaprune.models import NETWORKS
 from alphaprune.narrowing import from_scratch, torch_pruning
 from alphaprune.parallel import BRANCHES_VERSION, ParallelModel
@@ -364,7 +366,11 @@ class Experiment:
             data = images.load(self.settings.data)
             progress = Progress(len(to_run), say)
             for node in to_run.values():
-                self._train(node, self.why(node) or "its weights are needed and missing", data, progress)
+                with only_here(self.folder(node), node.name, say):
+                    if why := self._needs(node):
+                        self._train(node, why, data, progress)
+                    else:
+                        progress.skip(f"{node.name} was recorded by another run meanwhile")
             self._grow()
             to_run = self._to_run()
         if self.settings.publish and self.label == self.settings.experiment:
@@ -374,9 +380,15 @@ class Experiment:
     def _to_run(self) -> dict[str, _Node]:
         return {n.name: n for stage in self.stages for n in self._missing(stage)}
 
-    def _missing(self, node: _Node, weights_needed: bool = False) -> list[_Node]:
+    def _needs(self, node: _Node, weights_needed: bool = True) -> str | None:
+        """Why a stage has to be trained, None if it has not."""
         has_weights = (self.folder(node) / "weights.safetensors").is_file()
-        if self.why(node) is None and (has_weights or not weights_needed):
+        if weights_needed and not has_weights:
+            return self.why(node) or "its weights are needed and missing"
+        return self.why(node)
+
+    def _missing(self, node: _Node, weights_needed: bool = False) -> list[_Node]:
+        if self._needs(node, weights_needed) is None:
             return []
         before = self._missing(node.parent, weights_needed=True) if isinstance(node.parent, _Node) else []
         return [*before, node]
@@ -413,9 +425,12 @@ class Experiment:
             return {"fold_now_running": fold_now(), **share()}
 
         recipe = s.recipe(stage)
-        outcome = fit(
-            model, train, val, recipe, node.key, checkpoint, progress.epoch, objective, teacher, measure
-        )
+        try:
+            outcome = fit(
+                model, train, val, recipe, node.key, checkpoint, progress.epoch, objective, teacher, measure
+            )
+        except Interrupted as e:
+            raise Interrupted(e.number, f"stage {node.name} is {e.where}") from None
         metrics = {"val_accuracy": outcome.reached}
         if stage.alpha is not None:
             metrics["fold_now"] = fold_now()
@@ -428,7 +443,7 @@ class Experiment:
         write_bytes(folder / "history.csv", history[COLUMNS].to_csv(index=False).encode())
         # Last, since it makes the stage recorded.
         write_json(folder / "run.json", self._record(node, outcome, metrics, digest, start_seconds))
-        for leftover in folder.glob("resume.safetensors*"):
+        for leftover in (*folder.glob("resume.*"), *folder.glob(".*.tmp")):
             leftover.unlink()
         progress.end(outcome, metrics)
 
@@ -672,7 +687,8 @@ def main(arguments: list[str] | None = None) -> None:
             raise UsageError(f"{args.file} does not exist; experiment files lie in params/<preset>/")
         file = args.file.resolve()
         experiment = Experiment(file.parent.name, file.stem, root=file.parents[2], **given)
-        experiment.run(lambda line: print(line, flush=True))
+        with ending_with_a_line():
+            experiment.run(lambda line: print(line, flush=True))
         print(experiment.summary().to_string(index=False, float_format="{:.4g}".format))
     except UsageError as e:
         print(f"alphaprune: {e}", file=sys.stderr)

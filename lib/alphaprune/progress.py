@@ -25,6 +25,10 @@ class Progress:
         self.where = f"[{experiment}] stage {self.done + 1}/{self.stages} {stage}"
         self.say(f"{self.where}: {why}; starts from {parent}")
 
+    def skip(self, why: str) -> None:
+        self.done += 1
+        self.say(why)
+
     def epoch(self, outcome: Outcome) -> None:
         self.epochs_run += 1
         train, val = (

@@ -70,6 +70,11 @@ class Stage(_Training):
             raise ValueError(
                 "alpha 1 with train_wide false trains nothing; lower alpha or set train_wide: true"
             )
+        if self.draw == "bernoulli" and not self.train_wide and not self.alongside:
+            raise ValueError(
+                "draw: bernoulli with train_wide false trains nothing where a batch draws 1 for every layer; "
+                "set train_wide: true, alongside, or draw: uniform"
+            )
         return self
 
     @model_validator(mode="after")

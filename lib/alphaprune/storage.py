@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +18,36 @@ from alphaprune.errors import UsageError
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write `content` so that `path` holds either what it held before or all of the new content."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write `content` so that `path` holds either what it held before or all of the new content.
+
+    Raises:
+        UsageError: where the system does not let it, as on a full disk.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as f:
             f.write(content)
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except OSError as e:
+        raise UsageError(
+            f"{path} cannot be written ({e.strerror}); what was there is as it was; mend that and run the same command again"
+        ) from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Until then a new name may be lost with the power."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -1,7 +1,8 @@
 """One stage of training: fit until the validation loss stops falling, keep the best checkpoint, resume exactly.
 
 Every random choice is a function of (key, epoch), never of what ran before, and the state is written after
-every epoch; so a run that was killed and started again goes on as if nothing had happened.
+every epoch, every minute within one, and when a signal asks to stop; so a run that was killed and started again goes
+on as if nothing had happened.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
 
 from alphaprune.data import Split, batches
 from alphaprune.errors import UsageError
+from alphaprune.interrupt import SafePoints
 from alphaprune.objective import Loss, Objective
 from alphaprune.storage import load_tensors, save_tensors
 
@@ -33,6 +35,7 @@ with warnings.catch_warnings():  # its progress bars, which are not used here, a
 
 # Part of every stage's identity. Raise it when a change here, in parallel.py or in data.py changes results.
 TRAINING_VERSION = 1
+SAVE_EVERY = 60.0  # seconds within an epoch
 
 
 @dataclass(frozen=True)
@@ -107,7 +110,8 @@ def fit(
         train, val: the images. Training runs where accelerate puts it: a GPU (bf16) if there is one.
         recipe: how to train.
         key: names the run's random numbers; the same key gives the same run.
-        checkpoint: file of the resume state; read if it is there, removed at the end by the caller.
+        checkpoint: file of the resume state. It is kept twice, as `<name>.0` and `<name>.1` before the suffix, so that a
+            damaged one leaves the one before; read if they are there, removed at the end by the caller.
         after_epoch: called after every epoch, once the state is on disk.
         objective: what to train for; cross entropy with the labels if None.
         teacher: the network to learn from, where the objective asks for one.
@@ -117,6 +121,9 @@ def fit(
     Returns:
         The outcome. Row 0 of the validation accuracy is that of the weights the stage began with. A loss that
         is no longer finite ends the stage at once, with `diverged` set and the best weights so far.
+
+    Raises:
+        Interrupted: after SIGTERM or SIGINT, once the state is on disk.
     """
     accelerator = accelerator_for_this_machine()
     model.to(accelerator.device, memory_format=torch.channels_last)
@@ -139,46 +146,51 @@ def fit(
         loss, accuracy = evaluate(model, val, accelerator=accelerator)
         state.note("val", loss=loss, accuracy=accuracy, **measure(0))
         state.keep_best(accuracy)
+        state.since = time.monotonic()  # the time of training is counted
     outcome = state.outcome
     loss_of = Loss(objective or Objective(), model, stepper, teacher, recipe.label_smoothing)
-    while not state.finished(recipe):
-        started = time.monotonic()
-        outcome.epochs += 1
-        seed = derive_seed(key, outcome.epochs)
-        torch.manual_seed(seed)
-        model.train()
-        meter = _Meter(accelerator.device)
-        shuffled = batches(train, recipe.batch_size, torch.Generator().manual_seed(seed))
-        for step, (images, labels) in enumerate(shuffled, 1):
-            with accelerator.autocast():
-                loss, logits = loss_of(images, labels)
-            prepared.zero_grad()
-            accelerator.backward(loss)
-            prepared.step()
-            if recipe.lr_schedule == "one_cycle":
-                scheduler.step()
-            outcome.steps += 1
-            outcome.images += len(labels)
-            meter.add(loss, logits, labels)
-            if step % recipe.log_every == 0 or step == steps_an_epoch:
-                read = meter.read()
-                state.note("train", **read)
-                if not math.isfinite(read["loss"]):
-                    break
-        val_loss, accuracy = evaluate(model, val, accelerator=accelerator)
-        state.note("val", loss=val_loss, accuracy=accuracy, **measure(outcome.epochs))
-        state.note("train", lr=optimizer.param_groups[0]["lr"])
-        outcome.diverged = not all(math.isfinite(row["value"]) for row in outcome.history)
-        if outcome.diverged:
-            outcome.history = [row for row in outcome.history if math.isfinite(row["value"])]
-        elif outcome.best_epoch == 0 or accuracy > outcome.best_accuracy:  # 0: what the stage began with
-            state.keep_best(accuracy)
-        state.count_plateau(val_loss)
-        if recipe.lr_schedule == "plateau":
-            scheduler.step(val_loss)
-        outcome.seconds += time.monotonic() - started
-        state.save()
-        after_epoch(outcome)
+    with SafePoints() as signals:
+        while not state.finished(recipe):
+            seed = state.begin_epoch(key)
+            model.train()
+            shuffled = batches(train, recipe.batch_size, torch.Generator().manual_seed(seed))
+            for step, (images, labels) in enumerate(shuffled, 1):
+                if step <= state.step:  # done before the run was interrupted
+                    continue
+                with accelerator.autocast():
+                    loss, logits = loss_of(images, labels)
+                prepared.zero_grad()
+                accelerator.backward(loss)
+                prepared.step()
+                if recipe.lr_schedule == "one_cycle":
+                    scheduler.step()
+                outcome.steps += 1
+                outcome.images += len(labels)
+                state.step = step
+                state.meter.add(loss, logits, labels)
+                if step % recipe.log_every == 0 or step == steps_an_epoch:
+                    read = state.meter.read()
+                    state.note("train", **read)
+                    if not math.isfinite(read["loss"]):
+                        break
+                if step < steps_an_epoch and (signals.wanted or state.age() >= SAVE_EVERY):
+                    state.save()
+                    signals.stop(f"saved after step {outcome.steps}, in epoch {outcome.epochs}")
+            val_loss, accuracy = evaluate(model, val, accelerator=accelerator)
+            state.note("val", loss=val_loss, accuracy=accuracy, **measure(outcome.epochs))
+            state.note("train", lr=optimizer.param_groups[0]["lr"])
+            outcome.diverged = not all(math.isfinite(row["value"]) for row in outcome.history)
+            if outcome.diverged:
+                outcome.history = [row for row in outcome.history if math.isfinite(row["value"])]
+            elif outcome.best_epoch == 0 or accuracy > outcome.best_accuracy:  # 0: what the stage began with
+                state.keep_best(accuracy)
+            state.count_plateau(val_loss)
+            if recipe.lr_schedule == "plateau":
+                scheduler.step(val_loss)
+            state.step = 0
+            state.save()
+            after_epoch(outcome)
+            signals.stop(f"saved after epoch {outcome.epochs}")
     model.load_state_dict(state.best)
     return outcome
 
@@ -235,13 +247,40 @@ class _Meter:
 
 
 class _State:
-    """Everything a stage needs to go on: weights, momentum, schedule, best weights, history."""
+    """Everything a stage needs to go on: weights, momentum, schedule, best weights, history, and within an epoch how
+    many of its steps are done, what is measured of them, and the random state."""
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.SGD, scheduler: Any, path: Path):
         self.model, self.optimizer, self.scheduler, self.path = model, optimizer, scheduler, path
         self.outcome = Outcome()
         self.best: dict[str, Tensor] | None = None
         self.lowest_loss, self.epochs_since_lowest = math.inf, 0
+        self.step = 0  # of the running epoch; 0 between epochs
+        self.meter = _Meter(self._device)
+        self.random: dict[str, Tensor] | None = None  # where an epoch is to be resumed
+        self.saves, self.since = 0, time.monotonic()
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def begin_epoch(self, key: str) -> int:
+        """Start the next epoch, or go on with the one that was interrupted. Returns its seed."""
+        if self.step == 0:
+            self.outcome.epochs += 1
+            self.meter.sums.zero_()
+        seed = derive_seed(key, self.outcome.epochs)
+        torch.manual_seed(seed)
+        if self.random is not None:
+            torch.set_rng_state(self.random["cpu"])
+            if "cuda" in self.random:
+                torch.cuda.set_rng_state(self.random["cuda"])
+            self.random = None
+        return seed
+
+    def age(self) -> float:
+        """Seconds since the state was last saved, or begun."""
+        return time.monotonic() - self.since
 
     def note(self, split: str, **measured: float) -> None:
         o = self.outcome
@@ -260,41 +299,68 @@ class _State:
 
     def finished(self, recipe: Recipe) -> bool:
         stale = recipe.lr_schedule == "plateau" and self.epochs_since_lowest >= recipe.patience
-        return self.outcome.epochs >= recipe.max_epochs or stale or self.outcome.diverged
+        ended = self.outcome.epochs >= recipe.max_epochs or stale or self.outcome.diverged
+        return ended and self.step == 0
 
     def save(self) -> None:
+        self.outcome.seconds += self.age()
         momentum = {i: s["momentum_buffer"] for i, s in self.optimizer.state_dict()["state"].items()}
         tensors = {f"model/{k}": v for k, v in self.model.state_dict().items()}
         tensors |= {f"best/{k}": v for k, v in self.best.items()}
         tensors |= {f"momentum/{i}": v for i, v in momentum.items() if v is not None}
+        tensors |= {"meter/sums": self.meter.sums, "random/cpu": torch.get_rng_state()}
+        if self._device.type == "cuda":
+            tensors["random/cuda"] = torch.cuda.get_rng_state()
         groups = [{k: v for k, v in g.items() if k != "params"} for g in self.optimizer.param_groups]
+        self.saves += 1
         rest = {
+            "saves": self.saves,
+            "step": self.step,
             "outcome": vars(self.outcome),
             "scheduler": {k: v for k, v in self.scheduler.state_dict().items() if k != "_anneal_func_type"},
             "lr": [g["lr"] for g in groups],
             "lowest_loss": self.lowest_loss,
             "epochs_since_lowest": self.epochs_since_lowest,
         }
-        save_tensors(self.path, tensors, {"state": json.dumps(rest)})
+        save_tensors(self._slots()[self.saves % 2], tensors, {"state": json.dumps(rest)})
+        self.since = time.monotonic()
+
+    def _slots(self) -> list[Path]:
+        return [self.path.with_name(f"{self.path.stem}.{i}{self.path.suffix}") for i in (0, 1)]
+
+    def _newest(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """The later of the two states on disk that is whole."""
+        found = []
+        for slot in self._slots():
+            try:
+                tensors, metadata = load_tensors(slot)
+                found.append((tensors, json.loads(metadata["state"])))
+            except UsageError as e:  # cut off while it was written, or damaged since
+                if slot.is_file():
+                    warnings.warn(
+                        f"{e}. It goes on from the state before, with the same result", stacklevel=2
+                    )
+        return max(found, key=lambda f: f[1]["saves"], default=None)
 
     def resume(self) -> bool:
-        if not self.path.exists():
+        newest = self._newest()
+        if newest is None:
             return False
-        try:
-            tensors, metadata = load_tensors(self.path)
-        except UsageError:  # cut off while it was written: the stage begins again, with the same result
-            return False
+        tensors, rest = newest
         part = lambda prefix: {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}  # noqa: E731
-        rest = json.loads(metadata["state"])
         self.outcome = Outcome(**rest["outcome"])
+        self.saves, self.step = rest["saves"], rest["step"]
         self.lowest_loss, self.epochs_since_lowest = rest["lowest_loss"], rest["epochs_since_lowest"]
         self.model.load_state_dict(part("model/"))
-        device = next(self.model.parameters()).device
+        device = self._device
         self.best = {k: v.to(device) for k, v in part("best/").items()}
+        self.meter.sums.copy_(tensors["meter/sums"])
+        self.random = part("random/") if self.step else None
         whole = self.optimizer.state_dict()
         whole["state"] = {int(i): {"momentum_buffer": v} for i, v in part("momentum/").items()}
         self.optimizer.load_state_dict(whole)
         self.scheduler.load_state_dict(rest["scheduler"])
         for group, lr in zip(self.optimizer.param_groups, rest["lr"], strict=True):
             group["lr"] = lr
+        self.since = time.monotonic()
         return True
