@@ -26,7 +26,11 @@ DATA := $(if $(filter smoke,$(PRESET)),,$(CIFAR10))
 # In an order that keeps two jobs busy to the end: while the first two run, make waits to start the last, which has no
 # parent, and then comes back to fig3, the longest of those that have one.
 EXPERIMENTS := week_before fig4 fig3 section21 fig2 fig1 earlier_run
-LIBRARY := $(wildcard lib/alphaprune/*.py)
+# What is made depends on the content of its inputs and not on their times, which a checkout changes: on a hash of each,
+# a file that is touched only where the content is another.
+H := $(R)/.inputs
+inputs = $(addprefix $(H)/,$(1))
+LIBRARY := $(H)/library
 EXECUTED := $(foreach e,pretrain $(EXPERIMENTS) pruned figures,$(R)/notebooks/$(e).ipynb)
 PAGES := $(patsubst $(R)/notebooks/%.ipynb,$(R)/html/%.html,$(EXECUTED))
 PRESETS := $(patsubst params/%/preset.yaml,%,$(wildcard params/*/preset.yaml))
@@ -34,7 +38,7 @@ ifeq ($(filter $(PRESET),$(PRESETS)),)
 $(error preset '$(PRESET)' is unknown; there are: $(PRESETS))
 endif
 
-.PHONY: skips own-network coverage cliff controls unfinished
+.PHONY: skips own-network coverage cliff controls unfinished why test-faults FORCE
 .PHONY: reproduce-figures figures html pretrain experiments data lab test environment lock clean help $(EXPERIMENTS) pruned
 
 reproduce-figures: $(R)/report.html $(PAGES)
@@ -57,6 +61,8 @@ help:
 	@echo "make unfinished          what frees the models that Figures 1 to 3 left unfinished"
 	@echo "make coverage            fold every CNN of torchvision and write docs/coverage.md"
 	@echo "make pretrain            train the pretrained network anew"
+	@echo "make why                 the stages that would be trained, and which input changed"
+	@echo "make test-faults         kill, damage, fill the disk: what is survived (10 minutes)"
 	@echo "make data                fetch CIFAR-10 or check what is there"
 	@echo "make lock                resolve requirements.lock anew"
 	@echo "make clean               remove results/$(PRESET) but for the pretrained networks"
@@ -83,61 +89,69 @@ data: | $(READY)
 $(CIFAR10): | $(READY)
 	@$(BIN)/python -m alphaprune.data
 
+$(LIBRARY): FORCE
+	@mkdir -p $(@D); cat lib/alphaprune/*.py | sha256sum | cmp -s - $@ || cat lib/alphaprune/*.py | sha256sum > $@
+$(H)/%: % FORCE
+	@mkdir -p $(@D); sha256sum < $< | cmp -s - $@ || sha256sum < $< > $@
+
 # ---- experiments: a notebook each, with the right parents
 
 experiments: $(foreach e,$(EXPERIMENTS) pruned,$(R)/notebooks/$(e).ipynb)
 $(EXPERIMENTS): %: $(R)/notebooks/%.ipynb
 pruned: $(R)/notebooks/pruned.ipynb
 
-$(R)/notebooks/pretrain.ipynb: notebooks/01_pretraining.ipynb params/$(PRESET)/pretrain.yaml params/$(PRESET)/preset.yaml | $(READY) $(DATA)
-	@$(RUN) $< $@ -f params/$(PRESET)/pretrain.yaml
+$(R)/notebooks/pretrain.ipynb: $(H)/notebooks/01_pretraining.ipynb $(H)/params/$(PRESET)/pretrain.yaml $(H)/params/$(PRESET)/preset.yaml | $(READY) $(DATA)
+	@$(RUN) $(<:$(H)/%=%) $@ -f params/$(PRESET)/pretrain.yaml
 	@touch $(R)/.changed
 
 pretrain: | $(READY) $(DATA)
 	@$(RUN) notebooks/01_pretraining.ipynb $(R)/notebooks/pretrain.ipynb -f params/$(PRESET)/pretrain.yaml -p again true
 
-$(foreach e,$(EXPERIMENTS),$(R)/notebooks/$(e).ipynb): $(R)/notebooks/%.ipynb: notebooks/02_alpha_decay.ipynb \
-    params/$(PRESET)/%.yaml params/report/%.yaml params/$(PRESET)/preset.yaml $(LIBRARY) \
-    $(R)/notebooks/pretrain.ipynb $(wildcard $(R)/pretrained/*.sha256)
-	@$(RUN) $< $@ -f params/$(PRESET)/$*.yaml
+$(foreach e,$(EXPERIMENTS),$(R)/notebooks/$(e).ipynb): $(R)/notebooks/%.ipynb: $(H)/notebooks/02_alpha_decay.ipynb \
+    $(H)/params/$(PRESET)/%.yaml $(H)/params/report/%.yaml $(H)/params/$(PRESET)/preset.yaml $(LIBRARY) \
+    $(R)/notebooks/pretrain.ipynb $(call inputs,$(wildcard $(R)/pretrained/*.sha256))
+	@$(RUN) $(<:$(H)/%=%) $@ -f params/$(PRESET)/$*.yaml
 	@touch $(R)/.changed
 
 $(foreach e,fig1 section21 fig2 fig3,$(R)/notebooks/$(e).ipynb): $(R)/notebooks/week_before.ipynb
 
-$(R)/notebooks/pruned.ipynb: notebooks/03_fold_and_verify.ipynb params/$(PRESET)/pruned.yaml params/report/pruned.yaml $(R)/notebooks/fig4.ipynb
-	@$(RUN) $< $@ -f params/$(PRESET)/pruned.yaml
+$(R)/notebooks/pruned.ipynb: $(H)/notebooks/03_fold_and_verify.ipynb $(H)/params/$(PRESET)/pruned.yaml $(H)/params/report/pruned.yaml $(R)/notebooks/fig4.ipynb
+	@$(RUN) $(<:$(H)/%=%) $@ -f params/$(PRESET)/pruned.yaml
 	@touch $(R)/.changed
+
+why: | $(READY)
+	@$(BIN)/python -m alphaprune.experiment --why $(EXPERIMENTS:%=params/$(PRESET)/%.yaml)
 
 # ---- beyond the report: notebooks of their own
 
 skips: $(R)/html/skips.html
-$(R)/notebooks/pretrain_resnet20.ipynb: notebooks/01_pretraining.ipynb params/$(PRESET)/pretrain_resnet20.yaml params/$(PRESET)/preset.yaml | $(READY) $(DATA)
-	@$(RUN) $< $@ -f params/$(PRESET)/pretrain_resnet20.yaml
+$(R)/notebooks/pretrain_resnet20.ipynb: $(H)/notebooks/01_pretraining.ipynb $(H)/params/$(PRESET)/pretrain_resnet20.yaml $(H)/params/$(PRESET)/preset.yaml | $(READY) $(DATA)
+	@$(RUN) $(<:$(H)/%=%) $@ -f params/$(PRESET)/pretrain_resnet20.yaml
 	@touch $(R)/.changed
 
-$(R)/notebooks/skips.ipynb: notebooks/06_skip_connections.ipynb $(LIBRARY) params/$(PRESET)/preset.yaml \
-    $(foreach e,resnet20_narrow resnet20_plain,params/$(PRESET)/$(e).yaml params/report/$(e).yaml) $(R)/notebooks/pruned.ipynb $(R)/notebooks/pretrain_resnet20.ipynb
-	@$(RUN) $< $@ -p preset $(PRESET)
+$(R)/notebooks/skips.ipynb: $(H)/notebooks/06_skip_connections.ipynb $(LIBRARY) $(H)/params/$(PRESET)/preset.yaml \
+    $(foreach e,resnet20_narrow resnet20_plain,$(H)/params/$(PRESET)/$(e).yaml $(H)/params/report/$(e).yaml) $(R)/notebooks/pruned.ipynb $(R)/notebooks/pretrain_resnet20.ipynb
+	@$(RUN) $(<:$(H)/%=%) $@ -p preset $(PRESET)
 	@touch $(R)/.changed
 
 own-network: $(R)/html/own_network.html
-$(R)/notebooks/own_network.ipynb: notebooks/07_your_own_network.ipynb params/own_network/$(PRESET).yaml $(LIBRARY) | $(READY) $(DATA)
-	@$(RUN) $< $@ -f params/own_network/$(PRESET).yaml
+$(R)/notebooks/own_network.ipynb: $(H)/notebooks/07_your_own_network.ipynb $(H)/params/own_network/$(PRESET).yaml $(LIBRARY) | $(READY) $(DATA)
+	@$(RUN) $(<:$(H)/%=%) $@ -f params/own_network/$(PRESET).yaml
 	@touch $(R)/.changed
 
 cliff: $(R)/html/cliff.html
-$(R)/notebooks/cliff.ipynb: notebooks/08_the_cliff.ipynb params/cliff.yaml params/$(PRESET)/cliff.yaml params/$(PRESET)/preset.yaml $(LIBRARY) $(R)/notebooks/pretrain.ipynb
-	@$(RUN) $< $@ -p preset $(PRESET) -p jobs $(JOBS)
+$(R)/notebooks/cliff.ipynb: $(H)/notebooks/08_the_cliff.ipynb $(H)/params/cliff.yaml $(H)/params/$(PRESET)/cliff.yaml $(H)/params/$(PRESET)/preset.yaml $(LIBRARY) $(R)/notebooks/pretrain.ipynb
+	@$(RUN) $(<:$(H)/%=%) $@ -p preset $(PRESET) -p jobs $(JOBS)
 	@touch $(R)/.changed
 
 controls: $(R)/html/controls.html
-$(R)/notebooks/controls.ipynb: notebooks/09_controls.ipynb params/controls.yaml params/published.yaml params/$(PRESET)/controls.yaml params/$(PRESET)/preset.yaml $(LIBRARY) $(R)/notebooks/pretrain.ipynb
-	@$(RUN) $< $@ -p preset $(PRESET) -p jobs $(JOBS)
+$(R)/notebooks/controls.ipynb: $(H)/notebooks/09_controls.ipynb $(H)/params/controls.yaml $(H)/params/published.yaml $(H)/params/$(PRESET)/controls.yaml $(H)/params/$(PRESET)/preset.yaml $(LIBRARY) $(R)/notebooks/pretrain.ipynb
+	@$(RUN) $(<:$(H)/%=%) $@ -p preset $(PRESET) -p jobs $(JOBS)
 	@touch $(R)/.changed
 
 unfinished: $(R)/html/unfinished.html
-$(R)/notebooks/unfinished.ipynb: notebooks/10_unfinished_models.ipynb params/$(PRESET)/unfinished.yaml params/report/unfinished.yaml $(foreach e,fig1 fig2 fig3,$(R)/notebooks/$(e).ipynb)
-	@$(RUN) $< $@ -p preset $(PRESET)
+$(R)/notebooks/unfinished.ipynb: $(H)/notebooks/10_unfinished_models.ipynb $(H)/params/$(PRESET)/unfinished.yaml $(H)/params/report/unfinished.yaml $(foreach e,fig1 fig2 fig3,$(R)/notebooks/$(e).ipynb)
+	@$(RUN) $(<:$(H)/%=%) $@ -p preset $(PRESET)
 	@touch $(R)/.changed
 
 coverage: | $(READY)
@@ -146,19 +160,19 @@ coverage: | $(READY)
 # ---- figures, report, pages
 
 figures: $(R)/notebooks/figures.ipynb
-$(R)/notebooks/figures.ipynb: notebooks/04_figures.ipynb params/claims.yaml $(foreach e,$(EXPERIMENTS),$(R)/notebooks/$(e).ipynb)
-	@$(RUN) $< $@ -p preset $(PRESET)
+$(R)/notebooks/figures.ipynb: $(H)/notebooks/04_figures.ipynb $(H)/params/claims.yaml $(foreach e,$(EXPERIMENTS),$(R)/notebooks/$(e).ipynb)
+	@$(RUN) $(<:$(H)/%=%) $@ -p preset $(PRESET)
 	@touch $(R)/.changed
 
-$(R)/notebooks/report.ipynb: notebooks/05_report.ipynb params/claims.yaml $(R)/notebooks/figures.ipynb $(R)/notebooks/pruned.ipynb
-	@$(RUN) $< $@ -p preset $(PRESET)
+$(R)/notebooks/report.ipynb: $(H)/notebooks/05_report.ipynb $(H)/params/claims.yaml $(R)/notebooks/figures.ipynb $(R)/notebooks/pruned.ipynb
+	@$(RUN) $(<:$(H)/%=%) $@ -p preset $(PRESET)
 	@touch $(R)/.changed
 
 html: $(R)/report.html $(PAGES)
-$(R)/html/%.html: $(R)/notebooks/%.ipynb notebooks/export.py $(wildcard notebooks/offline/*)
+$(R)/html/%.html: $(R)/notebooks/%.ipynb $(H)/notebooks/export.py $(call inputs,$(wildcard notebooks/offline/*))
 	@$(BIN)/python notebooks/export.py $< $@
 	@touch $(R)/.changed
-$(R)/report.html: $(R)/notebooks/report.ipynb notebooks/export.py $(wildcard notebooks/offline/*)
+$(R)/report.html: $(R)/notebooks/report.ipynb $(H)/notebooks/export.py $(call inputs,$(wildcard notebooks/offline/*))
 	@$(BIN)/python notebooks/export.py $< $@ --no-code
 	@touch $(R)/.changed
 
@@ -172,5 +186,8 @@ test: $(READY)
 	@$(BIN)/ruff format --check .
 	@$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
+test-faults: $(READY)
+	@ALPHAPRUNE_FAULTS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile tests/test_faults.py
+
 clean:
-	rm -rf $(R)/notebooks $(R)/html $(R)/figures $(R)/stages $(R)/bundle $(R)/own_images $(R)/report.html $(R)/scorecard.csv
+	rm -rf $(R)/.inputs $(R)/notebooks $(R)/html $(R)/figures $(R)/stages $(R)/bundle $(R)/own_images $(R)/report.html $(R)/scorecard.csv

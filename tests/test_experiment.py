@@ -1,6 +1,8 @@
 """Experiments on real images at smoke: what runs, what is not run again, what is recorded."""
 
 import json
+import os
+import re
 
 import pandas as pd
 import pytest
@@ -8,7 +10,7 @@ import torch
 import yaml
 
 from alphaprune import UsageError, data, fold
-from alphaprune.experiment import COLUMNS, Experiment
+from alphaprune.experiment import COLUMNS, Experiment, main
 from alphaprune.measure import parameters
 from alphaprune.prune import load_pruned, prune
 from alphaprune.results import Results
@@ -92,9 +94,7 @@ def test_a_changed_parent_makes_its_children_run_again(small):
     content["stages"][0]["train_wide"] = False
     file.write_text(yaml.safe_dump(content))
     experiment = Experiment("smoke", "fig4", small)
-    assert [experiment.why(n) for n in experiment.stages] == [
-        "recorded, but with other parameters, parent or data"
-    ] * 2
+    assert [experiment.why(n) for n in experiment.stages] == ["recorded with other inputs (seed 0 -> 1)"] * 2
 
 
 def test_parents_in_another_experiment_are_trained_first(small):
@@ -357,3 +357,26 @@ def test_refit_needs_branches(small, stage, message):
     file.write_text(yaml.safe_dump({"title": "t", "stages": [stage]}))
     with pytest.raises(UsageError, match=message):
         Experiment("smoke", "freed", small)
+
+
+def test_why_names_the_input_that_changed(small, capsys):
+    fig4 = small / "params" / "smoke" / "fig4.yaml"
+    run(small)
+    content = yaml.safe_load(fig4.read_text())
+    os.utime(fig4)  # as a checkout would
+
+    def why():
+        main([str(fig4), "--why"])
+        return capsys.readouterr().out.splitlines()
+
+    assert why() == ["fig4: all 2 stages are recorded"]
+    content["stages"][1] |= {"lr": 0.3, "name": "a0-lr0.1"}
+    fig4.write_text(yaml.safe_dump(content))
+    changed = "recipe.lr 0.1 -> 0.3; stage.lr 0.1 -> 0.3"
+    assert why() == [f"fig4/a0-lr0.1: recorded with other inputs ({changed})"]
+    fig4.write_text(yaml.safe_dump(content | {"seed": 1}))
+    first, second = why()
+    assert first == "fig4/a0.5-lr0.01: recorded with other inputs (seed 0 -> 1)"
+    assert re.search(
+        r"fig4/a0-lr0.1: .*\(parent \w{8} -> \w{8}; recipe.lr 0.1 -> 0.3; .* and 1 more\)", second
+    )

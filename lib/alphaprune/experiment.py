@@ -16,7 +16,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,7 @@ from alphaprune.train import (
     evaluate,
     fit,
 )
+from alphaprune.why import what_changed
 
 # Part of the identity of every stage whose network is plain and narrow. Raise it when what it begins with changes.
 NARROWING_VERSION = 1
@@ -69,7 +70,8 @@ class _Node:
     settings: Settings
     stage: Stage
     parent: _Node | str  # another stage, or SCRATCH or BASE
-    identity: str
+    determines: dict[str, Any] = field(hash=False, compare=False)  # all that its result is a function of
+    identity: str  # a hash of it
 
     @property
     def name(self) -> str:
@@ -150,7 +152,7 @@ class Experiment:
             other, _, its_stage = parent.rpartition("/")
             parent = self._resolve(other or experiment, its_stage, (*path, name))
         self._check_descent(name, settings, found[0], parent)
-        node = _Node(settings, found[0], parent, self._identity(settings, found[0], parent))
+        node = self._node(settings, found[0], parent)
         self._nodes[name] = node
         return node
 
@@ -176,7 +178,7 @@ class Experiment:
             parent = start if following.start is None else nodes[following.start]
             name = plan.parent if parent is start else parent.stage.name
             stage = plan.stage(len(nodes) + 1, following.alpha, name)
-            node = _Node(s, stage, parent, self._identity(s, stage, parent))
+            node = self._node(s, stage, parent)
             nodes.append(node)
             self._nodes[node.name] = node
             if self.why(node) is not None:
@@ -210,15 +212,20 @@ class Experiment:
                     f"{key} is {own} at '{name}', but {its} at '{parent.name}', which it starts from; set both alike"
                 )
 
-    def _identity(self, settings: Settings, stage: Stage, parent: _Node | str) -> str:
-        """A hash of everything that determines the stage's result; hardware and colours do not."""
+    def _node(self, settings: Settings, stage: Stage, parent: _Node | str) -> _Node:
+        determines = self._determines(settings, stage, parent)
+        identity = hashlib.sha256(json.dumps(determines, sort_keys=True).encode()).hexdigest()
+        return _Node(settings, stage, parent, determines, identity)
+
+    def _determines(self, settings: Settings, stage: Stage, parent: _Node | str) -> dict[str, Any]:
+        """Everything that determines the stage's result; hardware and colours do not."""
         branches = stage.alpha is not None
         narrow = stage.narrow or (isinstance(parent, _Node) and parent.narrowed_at)
         if isinstance(parent, _Node):
             origin = parent.identity
         else:
             origin = self._base_digest(settings) if parent == BASE else SCRATCH
-        determines = {
+        return {
             "training_version": TRAINING_VERSION,
             "experiment": settings.experiment,
             "stage": stage.determines(),
@@ -239,7 +246,6 @@ class Experiment:
             "data": [self._checksum, settings.train_images, settings.val_images],
             "seed": settings.seed,
         }
-        return hashlib.sha256(json.dumps(determines, sort_keys=True).encode()).hexdigest()
 
     @staticmethod
     def _init_identity(settings: Settings, stage: Stage) -> dict[str, Any]:
@@ -321,8 +327,11 @@ class Experiment:
         """Why a stage would run; None if it is recorded."""
         record = self.folder(node) / "run.json"
         if not record.is_file():
-            earlier = sorted(self.folder(node).parent.glob(f"{node.stage.name}-*/run.json"))
-            return "recorded, but with other parameters, parent or data" if earlier else "not recorded yet"
+            files = sorted(self.folder(node).parent.glob(f"{node.stage.name}-????????/run.json"))
+            earlier = [json.loads(file.read_text()) for file in files]
+            changed = what_changed(node.determines, [r["determines"] for r in earlier if "determines" in r])
+            other = f"recorded with other inputs ({changed})" if changed else "recorded with other inputs"
+            return other if earlier else "not recorded yet"
         if json.loads(record.read_text())["identity"] != node.identity:
             return f"{record} belongs to another stage"
         return None
@@ -342,6 +351,11 @@ class Experiment:
             for n in self.stages
         ]
         return pd.DataFrame(rows)
+
+    def reasons(self) -> list[str]:
+        """A line a stage that would run, and why; one line if none would."""
+        lines = [f"{name}: {self._needs(node)}" for name, node in self._to_run().items()]
+        return lines or [f"{self.settings.experiment}: all {len(self.stages)} stages are recorded"]
 
     # ---- running
 
@@ -577,6 +591,7 @@ class Experiment:
         summary["start_seconds"] = round(start_seconds, 2)
         return {
             "identity": node.identity,
+            "determines": node.determines,
             "experiment": node.settings.experiment,
             "stage": node.stage.model_dump(by_alias=True),
             "parent": node.parent.identity if isinstance(node.parent, _Node) else node.parent,
@@ -668,7 +683,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m alphaprune.experiment", description="Run one experiment."
     )
-    parser.add_argument("file", type=Path, help="params/<preset>/<experiment>.yaml")
+    parser.add_argument("file", type=Path, nargs="+", help="params/<preset>/<experiment>.yaml")
+    parser.add_argument("--why", action="store_true", help="train nothing; say what would run, and why")
     parser.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE", help="replace a setting, such as seed=1"
     )
@@ -683,13 +699,20 @@ def main(arguments: list[str] | None = None) -> None:
                 given[key] = yaml.safe_load(value)
             except yaml.YAMLError:
                 raise UsageError(f"--set {item}: {value!r} is not a YAML value") from None
-        if not args.file.is_file():
-            raise UsageError(f"{args.file} does not exist; experiment files lie in params/<preset>/")
-        file = args.file.resolve()
-        experiment = Experiment(file.parent.name, file.stem, root=file.parents[2], **given)
-        with ending_with_a_line():
-            experiment.run(lambda line: print(line, flush=True))
-        print(experiment.summary().to_string(index=False, float_format="{:.4g}".format))
+        said: list[str] = []
+        for file in args.file:
+            if not file.is_file():
+                raise UsageError(f"{file} does not exist; experiment files lie in params/<preset>/")
+            path = file.resolve()
+            experiment = Experiment(path.parent.name, path.stem, root=path.parents[2], **given)
+            if args.why:
+                new = [line for line in experiment.reasons() if line not in said]  # a parent of several
+                said += new
+                print(*new, sep="\n")
+                continue
+            with ending_with_a_line():
+                experiment.run(lambda line: print(line, flush=True))
+            print(experiment.summary().to_string(index=False, float_format="{:.4g}".format))
     except UsageError as e:
         print(f"alphaprune: {e}", file=sys.stderr)
         raise SystemExit(2) from None
