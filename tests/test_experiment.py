@@ -94,7 +94,9 @@ def test_a_changed_parent_makes_its_children_run_again(small):
     content["stages"][0]["train_wide"] = False
     file.write_text(yaml.safe_dump(content))
     experiment = Experiment("smoke", "fig4", small)
-    assert [experiment.why(n) for n in experiment.stages] == ["recorded with other inputs (seed 0 -> 1)"] * 2
+    first, second = (experiment.why(n) for n in experiment.stages)
+    assert first == "recorded with other inputs (stage.train_wide True -> False)"
+    assert re.fullmatch(r"recorded with other inputs \(parent \w{8} -> \w{8}\)", second)
 
 
 def test_parents_in_another_experiment_are_trained_first(small):
