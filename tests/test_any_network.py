@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_flatten
 
-from alphaprune import ParallelModel, UsageError, fold, plan
+from alphaprune import ParallelModel, UsageError, fold, plan, save_bundle
 from alphaprune.measure import multiply_adds, parameters
 from alphaprune.trace import MIXING_LAYERS
 
@@ -657,6 +657,13 @@ def test_the_plan_says_why_groups_of_one_stay_and_counts_what_has_a_computed_wei
     assert planned.table["multiply_adds_folded"].sum() == multiply_adds(fold(model)[0], x[:1])
 
 
+def nan_weights(model):
+    model.alpha = 0.0
+    with torch.no_grad():
+        next(iter(model.reduce.values())).weight.fill_(float("nan"))
+    return model
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
@@ -666,6 +673,21 @@ def test_the_plan_says_why_groups_of_one_stay_and_counts_what_has_a_computed_wei
         (lambda net, x: ParallelModel(torch.jit.trace(net, x), 0.5, x), "is compiled by torch.jit"),
         (lambda net, x: ParallelModel(nn.Sequential(nn.LazyConv2d(3, 3)), 0.5, x), "'0.weight' has no shape yet"),
         (lambda net, x: ParallelModel(nn.Sequential(ParallelModel(net, 0.5, x)), 0.5, x), "holds one at '0' already"),
+        (lambda net, x: ParallelModel(nn.DataParallel(net), 0.5, x), "wrapped in a DataParallel; pass network.module"),
+        (lambda net, x: ParallelModel(copy.deepcopy(net).to("meta"), 0.5, x), "'0.weight' is on the meta device"),
+        (lambda net, x: ParallelModel(net, 0.5, (x, x)), "holds 2 inputs"),
+        (lambda net, x: ParallelModel(net, 0.5, x[:0]), "example_input is empty"),
+        (lambda net, x: ParallelModel(net, 0.5, x * float("nan")), "example_input holds NaN"),
+        (lambda net, x: ParallelModel(net, {3: 0.5}, x), "keep_ratio names 3"),
+        (lambda net, x: ParallelModel(net, 0.5, x, exclude=5), "exclude is 5; give a list"),
+        (lambda net, x: ParallelModel(net, 0.5, x, init="select", images=iter([x])), "images is a list_iterator"),
+        (lambda net, x: ParallelModel(net, 0.5, x, init="select", images=x[:, :1]), r"give some like example_input, \(N, 2, 8, 8\)"),
+        (lambda net, x: ParallelModel(net, 0.5, x, init="least_squares", images=x[:0]), "images are"),
+        (lambda net, x: ParallelModel(net, 0.5, x, init="least_squares", images=x / 0), "images hold NaN"),
+        (lambda net, x: setattr(ParallelModel(net, 0.5, x), "alpha", "0.5"), "alpha is the text '0.5'"),
+        (lambda net, x: fold(nan_weights(ParallelModel(net, 0.5, x)), x), "gives NaN or infinite numbers"),
+        (lambda net, x: save_bundle(net, x, "bundle"), "folder a Tensor"),
+        (lambda net, x: save_bundle(net, "bundle", x, "exact"), "certificate is a str"),
         (lambda net, x: fold(net), "model is a Sequential; fold takes a ParallelModel"),
         (lambda net, x: fold(ParallelModel(net, 0.5, x), x[:, :1], force=True), r"images \(2, 1, 8, 8\) .* do not pass"),
     ],

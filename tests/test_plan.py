@@ -140,10 +140,10 @@ def model(network, **options):
 
 
 BAD = {
-    "pattern": (model(resnet20(), exclude=["blocks.9"]), r"exclude 'blocks\.9' matches no layer; did you mean 'blocks\.\d"),
+    "pattern": (model(resnet20(), exclude=["blocks.9"]), r"exclude 'blocks\.9' matches no convolution or linear layer; did you mean 'blocks\.\d"),
     "text": (model(resnet20(), exclude="conv"), r"exclude is the text 'conv'; give a list"),
     "all": (model(resnet20(), exclude=["*"]), r"nothing to narrow.*not all of them excluded"),
-    "ratio name": (model(resnet20(), keep_ratio={"block": 0.5}), r"names 'block', which matches no layer"),
+    "ratio name": (model(resnet20(), keep_ratio={"block": 0.5}), r"names 'block', which matches no convolution or linear layer; there are: conv"),
     "ratio value": (model(resnet20(), keep_ratio={"*": 2}), r"keep_ratio is 2; give a number in \(0, 1\]"),
     "two targets": (model(resnet20(), for_macs=0.5, keep_ratio=0.5), r"exclude each other"),
     "target": (model(resnet20(), for_macs=1.5), r"for_macs is 1\.5; give a share"),

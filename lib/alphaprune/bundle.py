@@ -74,7 +74,13 @@ def save_bundle(
     A network that `torch.fx` cannot trace, or that calls functions from elsewhere than torch, has no build(); its
     `model.py` says so and offers apply_widths() for the original class.
     """
+    if not isinstance(small, nn.Module) or not isinstance(folder, str | Path):
+        raise UsageError(
+            f"small is a {type(small).__name__} and folder a {type(folder).__name__}; give the folded network, then a folder's name"
+        )
     folder = Path(folder)
+    if not isinstance(certificate, Certificate | None):
+        raise UsageError(f"certificate is a {type(certificate).__name__}; give the one that fold returned")
     if isinstance(small, ParallelModel):
         raise UsageError("small is a ParallelModel; fold it first: small, certificate = fold(model)")
     if any(not isinstance(x, Tensor) for x in as_inputs(example_input)):
@@ -88,7 +94,12 @@ def save_bundle(
     if odd := [k for k, t in network.state_dict().items() if not isinstance(t, Tensor)]:
         raise UsageError(f"'{odd[0]}' in the state dict is no tensor; drop get_extra_state() from its class")
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    temporary.mkdir(parents=True)
+    try:
+        temporary.mkdir(parents=True)
+    except OSError as e:
+        raise UsageError(
+            f"{folder} cannot be made ({e.strerror}); give a folder that can be written"
+        ) from None
     try:
         weights = as_bytes(network.state_dict())
         write_bytes(temporary / WEIGHTS, weights)

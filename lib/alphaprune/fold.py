@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import math
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -137,6 +138,10 @@ def fold(
         dtype = next(p.dtype for p in small.parameters() if p.is_floating_point())
         images = tuple(x.to(device, dtype if x.is_floating_point() else None) for x in model.example_input)
     certificate = _certify(model, small, as_inputs(images))
+    if not math.isfinite(certificate.logits) and not force:
+        raise UsageError(
+            f"{type(small).__name__} gives NaN or infinite numbers for these images; look at weights and images first"
+        )
     if certificate.relative > 100 * TOLERANCE.get(getattr(torch, certificate.dtype), 1e-2) and not force:
         raise UsageError(
             f"the folded {type(small).__name__} differs from the model ({certificate}): its forward() uses weights or numbers of "
@@ -259,7 +264,8 @@ def tensors(output: Any) -> list[Tensor]:
 
 
 def _agreement(outputs: list[Tensor], folded: list[Tensor]) -> float:
-    """Share of equal predictions; of all places, where a prediction is made for each."""
+    """Share of equal predictions; of all places, where a prediction is made for each. NaN predicts nothing."""
     pairs = [(a, b) for a, b in zip(outputs, folded, strict=True) if a.dim() > 1]
-    equal = torch.cat([(a.argmax(1) == b.argmax(1)).flatten() for a, b in pairs]) if pairs else torch.ones(1)
+    same = [((a.argmax(1) == b.argmax(1)) & ~(a + b).isnan().any(1)).flatten() for a, b in pairs]
+    equal = torch.cat(same) if pairs else torch.ones(1)
     return equal.double().mean().item()

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_flatten
 
 from alphaprune.errors import UsageError
-from alphaprune.rules import Rule, describe, rule_of
+from alphaprune.rules import DRAWING, Rule, describe, rule_of
 from alphaprune.ties import Ties, atoms
 from alphaprune.trace import MIXING_LAYERS, NORMS, TRANSPOSED, Trace
 
@@ -241,6 +241,8 @@ class _Reader:
             return self._given(node)
         if node.target in NORM_FUNCTIONS:
             return self._norm_function(node)
+        if node.target in DRAWING:
+            raise UsageError(f"{describe(node, module)} draws random numbers; take it out of forward()")
         rule = rule_of(node, module)
         if rule is None or rule is Rule.NUMBER:  # a number has no channels, and this is a tensor
             raise _Uncovered("is covered by no rule, it may mix channels")
@@ -524,7 +526,7 @@ class _Reader:
             meant = [m for m in layers if matches(m.name, pattern)]
             if not meant:
                 raise UsageError(
-                    f"exclude {pattern!r} matches no layer{_like(pattern, [m.name for m in layers])}"
+                    f"exclude {pattern!r} matches no convolution or linear layer{like(pattern, [m.name for m in layers])}"
                 )
             self.reasons += [(m.ids, f"'{m.name}' is excluded") for m in meant]
         own = {r for m in mixers for r in roots(m.ids).tolist()}
@@ -621,6 +623,7 @@ def attribute(network: nn.Module, name: str) -> Tensor:
     return getattr(network.get_submodule(owner), last)
 
 
-def _like(name: str, known: list[str]) -> str:
+def like(name: str, known: list[str]) -> str:
+    """For an error about a name: the one that was meant, or those there are."""
     close = difflib.get_close_matches(name, known, 1)
     return f"; did you mean '{close[0]}'?" if close else f"; there are: {', '.join(known[:12])}"

@@ -116,8 +116,8 @@ def fit_branches(model: Lockstep, batches: Sequence[Inputs]) -> dict[str, Any]:
                     del values[read.name]
     if few := [name for name, found in report.items() if found["ridge"] > RIDGE]:
         warnings.warn(
-            f"too few images for the least squares at {', '.join(few)}: with a ridge of {LARGER_RIDGE:g} it stays near plain "
-            "selection there; give more images",
+            f"too few images for the least squares at {', '.join(few)}: {PLACES} places are needed for each channel kept, which "
+            f"for a linear layer are images; with a ridge of {LARGER_RIDGE:g} the fit stays near plain selection there",
             stacklevel=4,
         )
     return report

@@ -19,6 +19,7 @@ from __future__ import annotations
 import copy
 from collections import ChainMap
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Real
 from typing import Any, get_args
 
 import torch
@@ -113,8 +114,11 @@ class ParallelModel(nn.Module):
             raise UsageError("example_input is missing; pass one batch of images as the network expects it")
         if sum(choice is not None for choice in (keep_ratio, for_macs, for_params)) > 1:
             raise UsageError("keep_ratio, for_macs and for_params exclude each other; give one of them")
-        if isinstance(exclude, str):
-            raise UsageError(f"exclude is the text {exclude!r}; give a list, [{exclude!r}]")
+        if exclude is not None and not isinstance(exclude, list | tuple | set | frozenset):
+            what = f"the text {exclude!r}; give a list, [{exclude!r}]"
+            raise UsageError(
+                f"exclude is {what if isinstance(exclude, str) else f'{exclude!r}; give a list of names'}"
+            )
         try:
             self.network = copy.deepcopy(network)
         except RuntimeError as e:  # such as a weight that a hook computes
@@ -135,7 +139,7 @@ class ParallelModel(nn.Module):
         else:
             self.keep_ratio = 0.34375 if keep_ratio is None else keep_ratio
             self.widths = choose(self.structure, self.keep_ratio, round_to)
-        batches = _check_init(init, images)
+        batches = _check_init(init, images, self.example_input)
         if init != "random":
             self.widths = select(self.widths, batches)
         self._narrow = self._narrow_nodes()
@@ -235,6 +239,8 @@ class ParallelModel(nn.Module):
     @alpha.setter
     def alpha(self, value: float | Sequence[float] | Mapping[str, float]) -> None:
         nodes = {m.name: m.key for m in self.mixers if m.key in self.expand}
+        if isinstance(value, str):
+            raise UsageError(f"alpha is the text {value!r}; give a number in [0, 1]")
         if isinstance(value, Mapping):
             if unknown := set(value) - set(nodes):
                 raise UsageError(
@@ -250,7 +256,7 @@ class ParallelModel(nn.Module):
         else:
             given = dict.fromkeys(nodes.values(), value)
         for node, v in given.items():
-            if isinstance(v, bool) or not isinstance(v, int | float) or not 0 <= v <= 1:
+            if isinstance(v, bool) or not isinstance(v, Real) or not 0 <= v <= 1:
                 name = self.structure.mixers[node].name
                 raise UsageError(f"alpha {v!r} at '{name}' is not a number in [0, 1]")
         self._alpha = {node: float(v) for node, v in given.items()}
@@ -404,7 +410,9 @@ class ParallelModel(nn.Module):
         return call(node, module, args, kwargs)
 
 
-def _check_init(init: str, images: Tensor | tuple[Tensor, ...] | None) -> list[tuple[Tensor, ...]] | None:
+def _check_init(
+    init: str, images: Tensor | tuple[Tensor, ...] | None, example: tuple[Tensor, ...]
+) -> list[tuple[Tensor, ...]] | None:
     """The images in batches, None if there are none."""
     if init not in get_args(Init):
         raise UsageError(f"init is {init!r}; use {', '.join(get_args(Init))}")
@@ -412,6 +420,16 @@ def _check_init(init: str, images: Tensor | tuple[Tensor, ...] | None) -> list[t
         raise UsageError("init='least_squares' needs images; pass a few thousand of the training images")
     if images is None:
         return None
+    for x, like in zip(as_inputs(images), example, strict=False):
+        if not isinstance(x, Tensor):
+            raise UsageError(f"images is a {type(x).__name__}; give a tensor, torch.cat of some batches")
+        if x.shape[1:2] != like.shape[1:2] or x.dim() != like.dim() or x.dtype != like.dtype or not len(x):
+            expected = f"(N, {', '.join(str(n) for n in like.shape[1:])}) {like.dtype}"
+            raise UsageError(
+                f"images are {tuple(x.shape)} {x.dtype}; give some like example_input, {expected}"
+            )
+        if x.is_floating_point() and not x.isfinite().all():
+            raise UsageError("images hold NaN or infinite numbers; leave those out")
     return list(zip(*(x.detach().split(INITIAL_BATCH) for x in as_inputs(images)), strict=True))
 
 

@@ -56,7 +56,7 @@ class Plan:
             share = self.milliseconds_folded / self.milliseconds
             lines.append(
                 f"milliseconds   {self.milliseconds:>15.1f} -> {self.milliseconds_folded:>13.1f}  ({share:.1%}), "
-                f"{self.images} images, {torch.get_num_threads()} threads"
+                f"images {self.images}, threads {torch.get_num_threads()}"
             )
         lines.append(f"keep_ratio     {self.keep_ratio}")
         wide = t[t["why_wide"] != ""]

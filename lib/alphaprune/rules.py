@@ -170,6 +170,9 @@ MODULES: dict[Rule, tuple[type, ...]] = {
 }
 MODULES[Rule.ELEMENTWISE] += (StochasticDepth,)
 
+# Both programs would draw numbers of their own.
+DRAWING = _of(torch, ["rand_like", "randn_like", "randint_like", "bernoulli", "normal", "multinomial"])
+
 # In place, a value that another program or the backward pass still needs would be overwritten.
 OUT_OF_PLACE = {
     operator.iadd: operator.add,

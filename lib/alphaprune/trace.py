@@ -86,7 +86,14 @@ def check_network(network: nn.Module) -> None:
     if not isinstance(network, nn.Module) or isinstance(network, torch.jit.ScriptModule):
         what = "is compiled by torch.jit" if isinstance(network, nn.Module) else "is no torch.nn.Module"
         raise UsageError(f"network, a {type(network).__name__}, {what}; pass the plain network")
+    wrapped = "_orig_mod" if hasattr(network, "_orig_mod") else "module"  # torch.compile's
+    if wrapped == "_orig_mod" or isinstance(network, nn.DataParallel):
+        raise UsageError(f"network is wrapped in a {type(network).__name__}; pass network.{wrapped}")
     tensors = [*network.named_parameters(), *network.named_buffers()]
+    if meta := [name for name, t in tensors if t.is_meta]:
+        raise UsageError(
+            f"'{meta[0]}' is on the meta device, where it has no numbers; load the weights first"
+        )
     if lazy := [name for name, t in tensors if nn.parameter.is_lazy(t)]:
         raise UsageError(f"'{lazy[0]}' has no shape yet; run the network once on a batch first")
 
@@ -127,7 +134,7 @@ def _graph(network: nn.Module, inputs: int, in_place: Sequence[str]) -> fx.Graph
     except Exception as e:
         raise UsageError(
             f"{type(network).__name__} cannot be traced ({' '.join(str(e).split())[:160]}); "
-            "control flow that depends on data must leave forward()"
+            "control flow that depends on the data or its shape must leave forward()"
         ) from None
     _check_in_place(graph, in_place, type(network).__name__)
     arguments = [n for n in graph.nodes if n.op == "placeholder"]
@@ -180,12 +187,21 @@ def _check_in_place(graph: fx.Graph, in_place: Sequence[str], name: str) -> None
 
 
 def _check_example(network: nn.Module, inputs: tuple[Any, ...]) -> None:
+    try:
+        inspect.signature(network.forward).bind(*inputs)
+    except TypeError as e:
+        raise UsageError(
+            f"example_input holds {len(inputs)} inputs, which {type(network).__name__}.forward() does not take ({e})"
+        ) from None
     weight = next((p for p in network.parameters() if p.is_floating_point()), None)
     for x in inputs:
         if not isinstance(x, Tensor):
             raise UsageError(
                 f"example_input holds a {type(x).__name__}; give a tensor, or a tuple of tensors"
             )
+        if x.numel() == 0 or (x.is_floating_point() and not x.is_meta and not x.isfinite().all()):
+            what = "is empty" if x.numel() == 0 else "holds NaN or infinite numbers"
+            raise UsageError(f"example_input {what}; give a batch of images as the network expects it")
         if weight is not None and x.device != weight.device:
             raise UsageError(
                 f"example_input is on {x.device}, the network on {weight.device}; move one to the other"

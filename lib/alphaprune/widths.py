@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, fx
 from torch.utils._pytree import tree_flatten
 
 from alphaprune.errors import UsageError
-from alphaprune.graph import MIXING_FUNCTIONS, ChannelLayer, Mixer, Structure, attribute, matches
+from alphaprune.graph import MIXING_FUNCTIONS, ChannelLayer, Mixer, Structure, attribute, like, matches
 from alphaprune.rules import OUT_OF_PLACE, describe
 from alphaprune.trace import Trace
 
@@ -103,11 +104,16 @@ def _ratios(structure: Structure, keep_ratio: KeepRatio) -> dict[int, tuple[floa
     if not by_name:
         raise UsageError("keep_ratio names no layer; give one number, or a mapping such as {'*': 0.5}")
     for name, ratio in by_name.items():
-        if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 < ratio <= 1:
+        if not isinstance(name, str):
+            raise UsageError(f"keep_ratio names {name!r}; give names or patterns, such as 'layer4.*'")
+        if isinstance(ratio, bool) or not isinstance(ratio, Real) or not 0 < ratio <= 1:
             raise UsageError(f"keep_ratio is {ratio!r}; give a number in (0, 1], such as 0.34375")
         layers = (*structure.mixers.values(), *structure.depthwise())
         if not any(matches(layer.name, name) for layer in layers):
-            raise UsageError(f"keep_ratio names {name!r}, which matches no layer")
+            names = list(dict.fromkeys(layer.name for layer in layers))
+            raise UsageError(
+                f"keep_ratio names {name!r}, which matches no convolution or linear layer{like(name, names)}"
+            )
     atom_of = {r: i for i, atom in enumerate(structure.atoms) for r in atom.tolist()}
     found: dict[int, tuple[float, int, str]] = {}
     for mixer in structure.mixers.values():
