@@ -458,8 +458,9 @@ class _Reader:
         if isinstance(given, tuple):  # what chunk gave
             return given[node.args[1]]
         index = node.args[1] if node.target is operator.getitem else ()
-        if any(isinstance(i, list | Tensor) for i in (index if isinstance(index, tuple) else (index,))):
-            raise _Uncovered("picks channels by a list")
+        for i in index if isinstance(index, tuple) else (index,):
+            if isinstance(i, list) or (isinstance(i, fx.Node) and _tensors(self.trace.values[i.name])):
+                raise _Uncovered("picks numbers by a list or a tensor")
         value = self.trace.values[source.name]
         whole = given.expand(value.shape).contiguous()
         other = {n: self.trace.values[n.name] for n in node.all_input_nodes} | {source: whole}
