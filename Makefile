@@ -187,7 +187,7 @@ test: $(READY)
 	@$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 test-faults: $(READY)
-	@ALPHAPRUNE_FAULTS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile tests/test_faults.py
+	@ALPHAPRUNE_FAULTS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile tests/test_faults.py tests/test_faults_make.py
 
 clean:
 	rm -rf $(R)/.inputs $(R)/notebooks $(R)/html $(R)/figures $(R)/stages $(R)/bundle $(R)/own_images $(R)/report.html $(R)/scorecard.csv

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from conftest import ROOT
 
 from alphaprune.experiment import Experiment
 
@@ -183,3 +184,23 @@ def test_results_that_cannot_be_written_are_named(twins):
     done = subprocess.run(command(project), cwd=project, capture_output=True, text=True)
     (project / "results/smoke").chmod(0o755)
     assert done.returncode == 2 and "cannot be written (Permission denied)" in done.stderr
+
+
+def test_a_notebook_passes_the_signal_on_and_nothing_half_made_is_left(project):
+    small(project, epochs=3)
+    out = project / "results/smoke/notebooks/fig4.ipynb"
+    notebook, file = ROOT / "notebooks/02_alpha_decay.ipynb", project / "params/smoke/fig4.yaml"
+    line = [sys.executable, str(ROOT / "notebooks/execute.py"), str(notebook), str(out), "-f", str(file)]
+    file.write_text(file.read_text() + "preset: smoke\nexperiment: fig4\n")
+    run = subprocess.Popen(line, cwd=project, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for said in run.stdout:
+        if "epoch 1/3" in said:
+            run.send_signal(signal.SIGTERM)
+            break
+    _, errors = run.communicate()
+    assert run.returncode == 128 + signal.SIGTERM
+    stopped = [x for x in errors.splitlines() if x.startswith("alphaprune:")]
+    assert len(stopped) == 1 and "fig4/a0.9-lr0.01 is saved after" in stopped[0]
+    assert [p.name for p in out.parent.iterdir()] == []
+    assert subprocess.run(line, cwd=project, capture_output=True).returncode == 0
+    assert [p.name for p in out.parent.iterdir()] == ["fig4.ipynb"]
