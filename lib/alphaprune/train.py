@@ -24,7 +24,9 @@ from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
 
 from alphaprune.data import Split, batches
 from alphaprune.errors import UsageError
+from alphaprune.modes import in_eval_mode
 from alphaprune.objective import Loss, Objective
+from alphaprune.resume_state import read_state
 from alphaprune.storage import load_tensors, save_tensors
 
 with warnings.catch_warnings():  # its progress bars, which are not used here, ask for notebook widgets
@@ -117,7 +119,11 @@ def fit(
     Returns:
         The outcome. Row 0 of the validation accuracy is that of the weights the stage began with. A loss that
         is no longer finite ends the stage at once, with `diverged` set and the best weights so far.
+
+    Raises:
+        UsageError: if a label is none of the classes that the network tells apart, or the images do not fit it.
     """
+    _check_labels(model, train, val)
     accelerator = accelerator_for_this_machine()
     model.to(accelerator.device, memory_format=torch.channels_last)
     train, val = train.to(accelerator.device), val.to(accelerator.device)
@@ -181,6 +187,28 @@ def fit(
         after_epoch(outcome)
     model.load_state_dict(state.best)
     return outcome
+
+
+@torch.no_grad()
+def _check_labels(model: nn.Module, *splits: Split) -> None:
+    """Refuse images that the network cannot take and labels that are none of its classes, before any training."""
+    for split in splits:
+        if len(split) == 0:
+            raise UsageError("there are no images to train on or to validate with; give at least one of each")
+        image, _ = next(batches(split.to(next(model.parameters()).device).first(1), 1))
+        try:
+            with in_eval_mode(model):
+                classes = model(image).shape[1]
+        except RuntimeError as e:
+            raise UsageError(
+                f"images of {tuple(split.images.shape[1:])} do not fit the network ({str(e)[:200]}); give others"
+            ) from None
+        lowest, highest = split.labels.min().item(), split.labels.max().item()
+        if lowest < 0 or highest >= classes:
+            raise UsageError(
+                f"labels go from {lowest} to {highest}, but the network tells {classes} classes apart; "
+                f"give labels 0 to {classes - 1}, or a network with more classes"
+            )
 
 
 def accelerator_for_this_machine() -> Accelerator:
@@ -282,10 +310,12 @@ class _State:
             return False
         try:
             tensors, metadata = load_tensors(self.path)
-        except UsageError:  # cut off while it was written: the stage begins again, with the same result
+            rest = read_state(tensors, metadata, self.model, self.optimizer, self.scheduler)
+        except (
+            UsageError
+        ):  # cut off while it was written, or damaged: the stage begins again, with the same result
             return False
         part = lambda prefix: {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}  # noqa: E731
-        rest = json.loads(metadata["state"])
         self.outcome = Outcome(**rest["outcome"])
         self.lowest_loss, self.epochs_since_lowest = rest["lowest_loss"], rest["epochs_since_lowest"]
         self.model.load_state_dict(part("model/"))
