@@ -35,7 +35,7 @@ $(error preset '$(PRESET)' is unknown; there are: $(PRESETS))
 endif
 
 .PHONY: skips own-network coverage cliff controls unfinished
-.PHONY: reproduce-figures figures html pretrain experiments data lab test environment lock clean help $(EXPERIMENTS) pruned
+.PHONY: reproduce-figures figures html pretrain experiments data lab test test-faults environment lock clean help $(EXPERIMENTS) pruned
 
 reproduce-figures: $(R)/report.html $(PAGES)
 	@if [ -e $(R)/.changed ]; then rm -f $(R)/.changed; echo "Done."; else echo "Nothing to do: everything is up to date."; fi
@@ -46,6 +46,7 @@ reproduce-figures: $(R)/report.html $(PAGES)
 help:
 	@echo "make reproduce-figures   environment, data, every experiment, figures, scorecard, HTML report"
 	@echo "make test                environment, all checks"
+	@echo "make test-faults         bad input by the thousand"
 	@echo "make lab                 JupyterLab on the notebooks"
 	@echo "make figures             Figures 1 to 4 and the overview, PNG and SVG"
 	@echo "make html                every executed notebook as a page, and the report"
@@ -171,6 +172,10 @@ test: $(READY)
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/python -m pytest -q -n 2 --dist loadfile
+
+# Kills, damage and bad input, tried by the thousand; `make test` has a shorter form.
+test-faults: $(READY)
+	@ALPHAPRUNE_FAULTS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile tests/test_bad_input.py
 
 clean:
 	rm -rf $(R)/notebooks $(R)/html $(R)/figures $(R)/stages $(R)/bundle $(R)/own_images $(R)/report.html $(R)/scorecard.csv
