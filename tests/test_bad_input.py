@@ -9,6 +9,7 @@ as `make test-faults` sets it, they are 10,000.
 """
 
 import contextlib
+import datetime
 import hashlib
 import importlib.util
 import io
@@ -150,7 +151,7 @@ FILES = {
     # values: each a dict is merged into a good file
     "title a list": ({"title": ["t"]}, "title"),
     "title of 10,000 characters": ({"title": "t" * 10_000}, "title"),
-    "a date for a title": ({"title": __import__("datetime").date(2020, 1, 1)}, "title"),
+    "a date for a title": ({"title": datetime.date(2020, 1, 1)}, "title"),
     "width a text": ({"width": "wide"}, "width: 'wide' is text"),
     "width true": ({"width": True}, "width"),
     "width NaN": ({"width": float("nan")}, "width"),
@@ -180,8 +181,8 @@ FILES = {
     "a number for a key": ({"stages": [{**STAGE, 7: 8}]}, "stages.0"),
     "stages nested wrong": ({"stages": [[STAGE]]}, "stages.0"),
     "stages null": ({"stages": None}, "stages must be a list"),
-    "1,000 stages": ({"stages": [STAGE | {"name": f"s{i}"} for i in range(501)]}, "501"),
-    "a chain of 400 stages, the last first, and 400 more": (
+    "501 stages": ({"stages": [STAGE | {"name": f"s{i}"} for i in range(501)]}, "501"),
+    "a chain of 400 stages, the last first, to nowhere": (
         {"stages": [STAGE | {"name": f"s{i}", "from": f"s{i + 1}"} for i in range(400)]}, "has no stage 's400'"),
     "schedule of 10 million steps": (schedule(by=1e-7), "more than"),
     "schedule that never falls": (schedule(schedule="exponential", by=1e-12), "more than"),
@@ -228,7 +229,7 @@ FILES = {
     "billion laughs": (LAUGHS, "more than 10000 values"),
     "billion laughs by merges": (MERGES, "more than 10000 values"),
     "an anchor in itself": ("title: &a [*a]\n", "holds itself"),
-    "100,000 brackets": ("title: " + "[" * 30_000, "nested deeper"),
+    "30,000 brackets": ("title: " + "[" * 30_000, "nested deeper"),
     "10,000 dashes": ("- " * 10_000, "nested deeper"),
     "10 MB": ("title: " + "x" * 10_000_000, "larger than 64 KiB"),
     "20,000 values": ("title: [" + "1," * 20_000 + "]", "more than 10000 values"),
@@ -356,7 +357,7 @@ COMMANDS = {
     "a folder": (["params/smoke"], "does not exist"),
     "a file of no preset": (["params/claims.yaml"], "no experiment file"),
     "a file outside": (["../outside/secret.yaml"], "no experiment file"),
-    "the root's file": (["/etc/hostname"], ""),
+    "a file too near the root": (["/etc/hostname"], "no experiment file"),
     "a preset's file": (["params/smoke/preset.yaml"], "experiment 'preset' is unknown"),
     "NUL in a name": (["params/smoke/a\0b.yaml"], "does not exist"),
     "unknown parameter": ([FIG4, "--set", "kep_ratio=0.5"], "did you mean 'keep_ratio'"),
@@ -400,7 +401,7 @@ COMPARISONS = {
     "a file: lrs empty": (["controls", "smoke"], {"lrs": []}, "lrs"),
     "a file: first_lr NaN": (["controls", "smoke"], {"first_lr": float("nan")}, "first_lr"),
     "a file: keep_ratio 2": (["controls", "smoke"], {"keep_ratios": [2.0]}, "keep_ratios.0"),
-    "a file: seed huge": (["controls", "smoke"], {"seeds": [-5]}, "seeds.0"),
+    "a file: seed negative": (["controls", "smoke"], {"seeds": [-5]}, "seeds.0"),
     "a file: budget infinite": (["controls", "smoke"], {"budgets": [float("inf")]}, "budgets.0"),
     "a file: methods a list": (["controls", "smoke"], {"methods": [1]}, "methods"),
     "a file: no methods": (["controls", "smoke"], {"methods": {}}, "methods"),
