@@ -50,6 +50,7 @@ reproduce-figures: $(R)/report.html $(PAGES)
 help:
 	@echo "make reproduce-figures   environment, data, every experiment, figures, scorecard, HTML report"
 	@echo "make test                environment, all checks"
+	@echo "make test-faults         bad input by the thousand"
 	@echo "make lab                 JupyterLab on the notebooks"
 	@echo "make figures             Figures 1 to 4 and the overview, PNG and SVG"
 	@echo "make html                every executed notebook as a page, and the report"
@@ -186,8 +187,9 @@ test: $(READY)
 	@$(BIN)/ruff format --check .
 	@$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
+# Kills, damage and bad input, tried by the thousand; `make test` has a shorter form.
 test-faults: $(READY)
-	@ALPHAPRUNE_FAULTS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile tests/test_faults.py tests/test_faults_make.py
+	@ALPHAPRUNE_FAULTS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile tests/test_faults.py tests/test_faults_make.py tests/test_bad_input.py
 
 clean:
 	rm -rf $(R)/.inputs $(R)/notebooks $(R)/html $(R)/figures $(R)/stages $(R)/bundle $(R)/own_images $(R)/report.html $(R)/scorecard.csv

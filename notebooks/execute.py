@@ -9,6 +9,8 @@ Ctrl-C are passed on to the notebook, which saves what it is at and stops.
 from __future__ import annotations
 
 import argparse
+import builtins
+import keyword
 import logging
 import os
 import signal
@@ -16,30 +18,47 @@ import sys
 import tempfile
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import papermill
 import psutil
-import yaml
 from traitlets.config import Config
+
+from alphaprune import yaml_text
+from alphaprune.errors import UsageError, shown
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-def main() -> int:
+def _parameters(file: Path | None, given: list[list[str]]) -> dict[str, Any]:
+    """The parameters of a file and a command line; papermill writes them into the notebook as `name = value`."""
+    found = yaml_text.read(file) if file else {}
+    if not isinstance(found, dict):
+        raise UsageError(f"{file} must hold parameters, one `name: value` a line")
+    for name, value in given:
+        try:
+            found[name] = yaml_text.parse(value)
+        except ValueError as e:
+            raise UsageError(f"-p {name}: {shown(value)} is not a YAML value ({e})") from None
+    for name in found:
+        # Anything else than a plain, new name would be code that runs, or would replace what the notebook uses.
+        plain = isinstance(name, str) and name.isidentifier() and name.isascii()
+        if not plain or name.startswith("_") or keyword.iskeyword(name) or hasattr(builtins, name):
+            raise UsageError(f"{shown(name)} is no name of a parameter{f'; see {file}' if file else ''}")
+    return found
+
+
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Run a notebook; its output appears when it is done.")
     parser.add_argument("notebook", type=Path)
     parser.add_argument("output", type=Path)
     parser.add_argument("-f", "--file", type=Path, help="YAML file of parameters")
     parser.add_argument("-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     try:
-        parameters = yaml.safe_load(args.file.read_text()) if args.file else {}
-        parameters |= {name: yaml.safe_load(value) for name, value in args.parameter}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, TypeError) as e:
-        print(
-            f"alphaprune: {args.file} cannot be read as parameters: {' '.join(str(e).split())[:200]}",
-            file=sys.stderr,
-        )
+        parameters = _parameters(args.file, args.parameter)
+    except UsageError as e:
+        print(f"alphaprune: {e}", file=sys.stderr)
         return 2
     args.output.parent.mkdir(parents=True, exist_ok=True)
     running = args.output.with_name(f".{args.output.stem}.{os.getpid()}.ipynb")

@@ -80,7 +80,7 @@ def test_further_ratios_take_the_rate_that_was_found_at_the_first(prepared):
 
 def test_longer_budgets_train_on_more_images_and_rows_of_earlier_calls_stay(prepared):
     file = prepared / "params" / "controls.yaml"
-    file.write_text(file.read_text() + "budgets: [2]\n")
+    file.write_text(yaml.safe_dump(yaml.safe_load(file.read_text()) | {"budgets": [2]}))
     only = {"methods": ["scratch"], "say": lambda line: None}
     table = compare("controls", "smoke", prepared, budgets=True, **only)
     assert list(table["images"]) == [6 * 128, 12 * 128] and table["lr"].nunique() == 1
@@ -103,6 +103,6 @@ def test_what_is_wrong_is_one_line(prepared, monkeypatch, capsys):
         main(["controls", "smoke", "--method", "torch"])
     assert capsys.readouterr().err.count("\n") == 1
     file = prepared / "params" / "controls.yaml"
-    file.write_text(file.read_text() + "first_lr: 0.3\n")
+    file.write_text(yaml.safe_dump(yaml.safe_load(file.read_text()) | {"first_lr": 0.3}))
     with pytest.raises(UsageError, match="first_lr"):
         load_comparison("controls", prepared)

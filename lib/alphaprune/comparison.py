@@ -11,10 +11,10 @@ stage, and not run again.
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
@@ -22,19 +22,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import pandas as pd
 import torch
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from alphaprune import data as images
-from alphaprune.errors import UsageError
+from alphaprune import yaml_text
+from alphaprune.errors import UsageError, shown
 from alphaprune.experiment import Experiment
 from alphaprune.fold import fold
 from alphaprune.interrupt import ending_with_a_line
 from alphaprune.measure import multiply_adds, parameters
 from alphaprune.parallel import ParallelModel
-from alphaprune.settings import load_settings, project_root
+from alphaprune.records import DamagedRecord, FinalRecord, read_record
+from alphaprune.settings import Name, Positive, check_names, load_settings, project_root
 from alphaprune.storage import write_bytes, write_json
 from alphaprune.train import evaluate
 
@@ -42,6 +44,11 @@ COLUMNS = [
     "method", "seed", "keep_ratio", "images", "seconds", "params", "macs", "val_accuracy", "test_accuracy", "start_accuracy", "lr",
     "searched",
 ]  # fmt: skip
+
+
+MOST = 100  # values in a list
+KeepRatio = Annotated[float, Field(gt=0, le=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 class Method(BaseModel):
@@ -66,21 +73,33 @@ class Comparison(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    lrs: Annotated[list[float], Field(min_length=1)]
-    first_lr: float
-    seeds: Annotated[list[int], Field(min_length=1)]
-    keep_ratios: Annotated[list[float], Field(min_length=1)]
-    budgets: list[Annotated[float, Field(gt=0)]] = []  # further ones, in multiples of the preset's epochs
-    methods: dict[str, Method]
+    lrs: Annotated[list[Positive], Field(min_length=1, max_length=MOST)]
+    first_lr: Positive
+    seeds: Annotated[list[Seed], Field(min_length=1, max_length=MOST)]
+    keep_ratios: Annotated[list[KeepRatio], Field(min_length=1, max_length=MOST)]
+    budgets: Annotated[
+        list[Positive], Field(max_length=MOST)
+    ] = []  # further ones, in multiples of the preset's epochs
+    methods: Annotated[dict[Annotated[str, Field(min_length=1, max_length=200)], Method], Field(min_length=1)]
+
+
+def _check(what: str, value: Any, kind: Any, remedy: str) -> None:
+    try:
+        TypeAdapter(kind).validate_python(value, strict=True)
+    except ValidationError:
+        raise UsageError(f"{what} is {shown(value)}; {remedy}") from None
 
 
 def load_comparison(name: str, root: Path) -> Comparison:
-    """Read and check `params/<name>.yaml`."""
+    """Read and check `params/<name>.yaml` (raises UsageError)."""
+    _check("name", name, Name, "give that of a file in params/, such as controls")
     file = root / "params" / f"{name}.yaml"
     try:
-        found = Comparison.model_validate(yaml.safe_load(file.read_text(encoding="utf-8")))
-    except (OSError, yaml.YAMLError, ValidationError) as e:
-        raise UsageError(f"{file}: {' '.join(str(e).split())[:200]}") from None
+        found = Comparison.model_validate(yaml_text.read(file))
+    except ValidationError as e:
+        first = e.errors()[0]
+        key = ".".join(str(part)[:60] for part in first["loc"])
+        raise UsageError(f"{file}: {key}: {first['msg']}, not {shown(first['input'])}") from None
     if found.first_lr not in found.lrs:
         raise UsageError(f"{file}: first_lr {found.first_lr:g} is none of lrs")
     return found
@@ -100,6 +119,13 @@ class _Method:
         of = experiment(self.name, self.preset, self.method, lr, keep_ratio, seed, budget, self.root)
         of.run(lambda line: None)
         return of
+
+    def check(self, lr: float, keep_ratio: float, seed: int) -> None:
+        """Raise UsageError if the method could not begin; nothing is measured or trained for that."""
+        shared = _settings(self.name, self.root, self.method, lr, keep_ratio, seed)
+        load_settings(self.preset, self.name, self.root, **shared)
+        # Widths by sensitivity would be measured, and nothing that can be wrong depends on them.
+        Experiment(self.preset, self.name, self.root, **shared | {"widths": "uniform"})
 
 
 def compare(
@@ -132,14 +158,29 @@ def compare(
     """
     root = root or project_root()
     plan = load_comparison(name, root)
+    _check(
+        "jobs",
+        jobs,
+        Annotated[int, Field(ge=1, le=256)],
+        "give the number of methods that run at once, such as 2",
+    )
+    for ratio in keep_ratios:
+        _check("keep_ratio", ratio, KeepRatio, "give a share in (0, 1], such as 0.5")
+    for seed in seeds:
+        _check("seed", seed, Seed, "give a whole number from 0")
     if unknown := set(methods) - set(plan.methods):
-        raise UsageError(f"method {sorted(unknown)[0]!r} is unknown; there are: {'; '.join(plan.methods)}")
+        raise UsageError(
+            f"method {shown(sorted(unknown)[0])} is unknown; there are: {'; '.join(plan.methods)}"
+        )
     chosen = [_Method(name, preset, root, method) for method in methods or plan.methods]
     seeds, ratios = tuple(seeds or plan.seeds), list(keep_ratios or plan.keep_ratios)
     if budgets:
         seeds, ratios = seeds[:1], ratios[:1]
     sizes = (1.0, *plan.budgets) if budgets else (1.0,)
     target = root / "results" / preset / (f"{name}_budgets.csv" if budgets else f"{name}.csv")
+    for method in chosen:  # before the first of them trains
+        method.check(plan.first_lr, ratios[0], seeds[0])
+    _earlier(target)
     rows: dict[int, list[dict[str, Any]]] = {}
     with _workers(jobs) as pool:
         searching = {pool.submit(_search, method): method for method in chosen}
@@ -159,8 +200,7 @@ def compare(
                 f"[{n}/{len(running)}] {first['method']}, keep_ratio {first['keep_ratio']:g}: {scores} % validation"
             )
             table = pd.DataFrame([r for j in sorted(rows) for r in rows[j]], columns=COLUMNS)
-            earlier = pd.read_csv(target) if target.is_file() else pd.DataFrame(columns=COLUMNS)
-            merged = _merged(earlier, table, plan).to_csv(index=False, float_format="%.6g")
+            merged = _merged(_earlier(target), table, plan).to_csv(index=False, float_format="%.6g")
             write_bytes(target, merged.encode())
     return table
 
@@ -182,6 +222,22 @@ def _workers(jobs: int) -> Iterator[ProcessPoolExecutor]:
 def _leave_to_parent() -> None:
     """Ctrl-C reaches all processes of a terminal; the one that has the others tells them."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _earlier(target: Path) -> pd.DataFrame:
+    """The table as earlier calls left it."""
+    if not target.exists():
+        return pd.DataFrame(columns=COLUMNS)
+    numbers = [c for c in COLUMNS if c not in ("method", "searched")]
+    try:
+        table = pd.read_csv(target, dtype=dict.fromkeys(numbers, float) | {"method": str, "searched": str})
+        if list(table.columns) != COLUMNS or not np.isfinite(table[numbers]).all(axis=None):
+            raise ValueError("a column is missing, or a number")
+        return table.astype({c: int for c in ("seed", "images", "params", "macs")})
+    except (OSError, ValueError, OverflowError) as e:
+        raise UsageError(
+            f"{target} is damaged ({str(e)[:120]}); delete it and run the same command again: what is recorded is not trained again"
+        ) from None
 
 
 def _merged(earlier: pd.DataFrame, table: pd.DataFrame, plan: Comparison) -> pd.DataFrame:
@@ -274,11 +330,17 @@ def experiment(
         budget: in multiples of the preset's epochs.
     """
     root = root or project_root()
-    chosen = load_comparison(name, root).methods[method]
-    shared = {**chosen.settings, "keep_ratio": keep_ratio, "seed": seed, "stages": chosen.stages_at(lr)}
+    shared = _settings(name, root, method, lr, keep_ratio, seed)
     settings = load_settings(preset, name, root, **shared)
     epochs = max(round(budget * settings.max_epochs / len(settings.stages)), 1)
     return Experiment(preset, name, root, max_epochs=epochs, **shared)
+
+
+def _settings(name: str, root: Path, method: str, lr: float, keep_ratio: float, seed: int) -> dict[str, Any]:
+    """What a method says, to replace what the experiment's file says."""
+    chosen = load_comparison(name, root).methods[method]
+    check_names(chosen.settings, f"params/{name}.yaml: methods.{method}")
+    return {**chosen.settings, "keep_ratio": keep_ratio, "seed": seed, "stages": chosen.stages_at(lr)}
 
 
 def curves(name: str, preset: str, table: pd.DataFrame, root: Path | None = None) -> pd.DataFrame:
@@ -352,9 +414,15 @@ def _measure(of: Experiment) -> dict[str, Any]:
     """What the last stage's network, folded if it has branches, costs and scores; the test images are read once."""
     last = of.stages[-1]
     outcomes = [of.record(n.name)["outcome"] for n in of.stages]
-    seconds = sum(o["seconds"] + o["start_seconds"] for o in outcomes) + of.seconds_for_widths()
+    seconds = sum(o["seconds"] + o.get("start_seconds", 0.0) for o in outcomes) + of.seconds_for_widths()
     file = of.folder(last) / "final.json"
-    if not file.is_file():
+    final = None
+    if file.is_file():
+        try:
+            final = read_record(file, FinalRecord)
+        except DamagedRecord as e:
+            warnings.warn(f"{e}; it is measured again", stacklevel=2)
+    if final is None:
         model = of.model(last.name)
         if isinstance(model, ParallelModel):
             model = fold(model)[0]
@@ -373,7 +441,7 @@ def _measure(of: Experiment) -> dict[str, Any]:
         "images": sum(o["images"] for o in outcomes),
         "seconds": seconds,
         "val_accuracy": 100 * of.record(last.name)["metrics"]["val_accuracy"],
-        **json.loads(file.read_text()),
+        **final,
     }
 
 

@@ -7,12 +7,14 @@ of a download, it is brought into this form and compared with the MD5 of the off
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import os
 import shutil
 import socket
 import subprocess
+import sys
 import tarfile
 import tempfile
 from collections.abc import Iterator
@@ -27,6 +29,7 @@ from torch.nn import functional as F
 from alphaprune.errors import UsageError
 
 RECORD_BYTES = 1 + 3 * 32 * 32
+OFFICIAL_BYTES = 10_000 * RECORD_BYTES  # of a batch
 # Per-channel mean and standard deviation of the 50,000 training images, in units of 0..1.
 MEAN = (0.4914, 0.4822, 0.4465)
 STD = (0.2470, 0.2435, 0.2616)
@@ -62,6 +65,17 @@ class Split:
     mean: tuple[float, float, float] = MEAN
     std: tuple[float, float, float] = STD
 
+    def __post_init__(self) -> None:
+        images, labels = self.images, self.labels
+        if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[1] != 3:
+            raise UsageError(
+                f"images are {images.dtype} {tuple(images.shape)}; give (N, 3, H, W) of torch.uint8"
+            )
+        if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
+            raise UsageError(
+                f"labels are {labels.dtype} {tuple(labels.shape)}; give ({len(images)},) of torch.int64, one an image"
+            )
+
     def __len__(self) -> int:
         return len(self.labels)
 
@@ -89,9 +103,12 @@ class Dataset:
 
 def cache_folder() -> Path:
     """Where downloads live: ALPHAPRUNE_DATA, else XDG_CACHE_HOME/alphaprune, else ~/.cache/alphaprune."""
-    if own := os.environ.get("ALPHAPRUNE_DATA"):
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser() / "alphaprune"
+    own = os.environ.get("ALPHAPRUNE_DATA")
+    folder = own or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "alphaprune")
+    try:
+        return Path(folder).expanduser()
+    except RuntimeError:  # ~name of nobody
+        raise UsageError(f"{folder} names no folder; point ALPHAPRUNE_DATA to one") from None
 
 
 def load(source: str = "cifar10") -> Dataset:
@@ -192,6 +209,11 @@ def _read(path: Path, md5: str) -> Split:
     if not path.is_file():
         raise UsageError(
             f"{path} is missing; run `make data` (python -m alphaprune.data), or put the file of the official binary CIFAR-10 there"
+        )
+    length = path.stat().st_size
+    if length > OFFICIAL_BYTES:  # not read: it may be of any size
+        raise UsageError(
+            f"{path} is not the official batch ({length} bytes, expected {OFFICIAL_BYTES} at most); `make data` fetches it again"
         )
     raw = path.read_bytes()
     found = hashlib.md5(raw, usedforsecurity=False).hexdigest()
@@ -303,11 +325,15 @@ def _write_batch(picture: Path, labels: list[int], out: Path) -> None:
     out.write_bytes(np.concatenate([np.asarray(labels, np.uint8)[:, None], planes], axis=1).tobytes())
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
+    argparse.ArgumentParser(
+        prog="python -m alphaprune.data", description="Fetch CIFAR-10, or check what is there."
+    ).parse_args(arguments)
     try:
         print(f"CIFAR-10: six batches, each with the official MD5, in {fetch()}")
     except UsageError as e:
-        raise SystemExit(f"alphaprune: {e}") from None
+        print(f"alphaprune: {e}", file=sys.stderr)
+        raise SystemExit(2) from None
 
 
 if __name__ == "__main__":

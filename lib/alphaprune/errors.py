@@ -1,5 +1,31 @@
 """The one error that is meant for people: what is wrong, where, and the remedy, in one line."""
 
+from __future__ import annotations
+
+import re
+from typing import Any
+
+LONGEST = 2000  # characters of a message
+
 
 class UsageError(ValueError):
-    """Something the user can mend. Command lines and notebooks print its text alone and exit with 2."""
+    """Something the user can mend. Command lines and notebooks print its text alone and exit with 2.
+
+    Args:
+        message: the text. What it quotes may come from anywhere, so it is made one line that a terminal only shows:
+            line ends become spaces, other unprintable characters are written out, and what is too long is cut.
+    """
+
+    def __init__(self, message: str):
+        line = re.sub(r"\s*[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]\s*", " ", message[: 2 * LONGEST]).strip()
+        line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+        super().__init__(line if len(line) <= LONGEST else f"{line[:LONGEST]} ...")
+
+
+def shown(value: Any, longest: int = 60) -> str:
+    """A value that was given, for a message: its `repr`, cut."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # whole numbers of thousands of digits have no decimal form
+        text = f"a {type(value).__name__} that is too large to be shown"
+    return text if len(text) <= longest else f"{text[:longest]}..."

@@ -12,9 +12,11 @@ import argparse
 import copy
 import hashlib
 import json
+import os
 import shutil
 import sys
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,13 +24,13 @@ from typing import Any
 
 import pandas as pd
 import torch
-import yaml
 from torch import nn
 from torch.optim.swa_utils import update_bn
 
 from alphaprune import data as images
+from alphaprune import yaml_text
 from alphaprune.blend import WIDE_SHARE, wide_share
-from alphaprune.errors import UsageError
+from alphaprune.errors import UsageError, shown
 from alphaprune.fold import fold
 from alphaprune.interrupt import Interrupted, ending_with_a_line
 from alphaprune.lock import only_here
@@ -37,11 +39,27 @@ from alphaprune.narrowing import from_scratch, torch_pruning
 from alphaprune.parallel import BRANCHES_VERSION, ParallelModel
 from alphaprune.progress import Progress
 from alphaprune.provenance import provenance
+from alphaprune.records import (
+    COLUMNS,
+    DamagedRecord,
+    SensitivityRecord,
+    StageRecord,
+    read_history,
+    read_record,
+)
 from alphaprune.schedule import Try, next_try, staggered
 from alphaprune.sensitivity import allot, damages
-from alphaprune.settings import Settings, Stage, given_parameters, load_settings, project_root
+from alphaprune.settings import (
+    MOST_STAGES,
+    Settings,
+    Stage,
+    check_names,
+    given_parameters,
+    load_settings,
+    project_root,
+)
 from alphaprune.skips import SkipModel
-from alphaprune.storage import load_tensors, save_tensors, write_bytes, write_json
+from alphaprune.storage import load_tensors, read_digest, save_tensors, write_bytes, write_json
 from alphaprune.train import (
     TRAINING_VERSION,
     Outcome,
@@ -50,6 +68,7 @@ from alphaprune.train import (
     evaluate,
     fit,
 )
+from alphaprune.weights import WrongWeights, load_weights
 from alphaprune.why import what_changed
 
 # Part of the identity of every stage whose network is plain and narrow. Raise it when what it begins with changes.
@@ -60,7 +79,6 @@ SENSITIVITY_IMAGES = 1000  # at most
 STATISTICS_BATCH = 250  # images, for BatchNorm
 SHARE_IMAGES = 500  # at most, for `wide_share`
 SCRATCH, BASE = "scratch", "base"
-COLUMNS = ["experiment", "stage", "alpha", "lr", "step", "epoch", "split", "metric", "value"]
 
 
 @dataclass(frozen=True)
@@ -115,6 +133,8 @@ class Experiment:
         self._nodes: dict[str, _Node] = {}
         self.stages = [self._resolve(experiment, s.name, ()) for s in self.settings.stages]
         self._grow()
+        if self.settings.folds not in (None, "best"):
+            self.find(self.settings.folds)  # refused now if there is no such stage
 
     @classmethod
     def from_notebook(cls, variables: Mapping[str, Any], before: set[str]) -> Experiment:
@@ -125,6 +145,7 @@ class Experiment:
             raise UsageError(
                 "parameters 'preset' and 'experiment' are missing; give both, or a file: papermill -f params/quick/fig4.yaml"
             )
+        check_names(given, "the parameters given")
         return cls(preset, experiment, **given)
 
     # ---- stages, parents, identities
@@ -133,6 +154,10 @@ class Experiment:
         name = f"{experiment}/{stage}"
         if name in self._nodes:
             return self._nodes[name]
+        if len(path) > MOST_STAGES:
+            raise UsageError(
+                f"stage '{path[0]}' has more than {MOST_STAGES} stages before it; make them fewer"
+            )
         if name in path:
             raise UsageError(
                 f"stage '{name}' starts from itself: {' <- '.join((*path[path.index(name) :], name))}"
@@ -260,7 +285,11 @@ class Experiment:
         damage = self._damages(settings)["damages"]
         network = NETWORKS[settings.network](settings.width).eval()
         curves = {group: {float(r): d for r, d in curve.items()} for group, curve in damage.items()}
-        return allot(network, curves, settings.keep_ratio, self.example_image())
+        try:
+            return allot(network, curves, settings.keep_ratio, self.example_image())
+        except UsageError as e:
+            where = f"results/{settings.preset}/sensitivity"
+            raise UsageError(f"{where}: {e}: delete that folder and run the same command again") from None
 
     def _damages(self, settings: Settings) -> dict[str, Any]:
         """What narrowing single layers does to the pretrained network, measured once and recorded."""
@@ -273,8 +302,14 @@ class Experiment:
         ]
         identity = hashlib.sha256(json.dumps(determines).encode()).hexdigest()
         record = self.root / "results" / settings.preset / "sensitivity" / f"{identity[:8]}.json"
-        if record.is_file() and (content := json.loads(record.read_text()))["identity"] == identity:
-            return content
+        try:
+            if (
+                record.is_file()
+                and (content := read_record(record, SensitivityRecord))["identity"] == identity
+            ):
+                return content
+        except DamagedRecord as e:
+            warnings.warn(f"{e}; it is measured again", stacklevel=2)
         started = time.monotonic()
         device = accelerator_for_this_machine().device
         seen = self._first_images(settings)[:SENSITIVITY_IMAGES].to(device)
@@ -293,13 +328,11 @@ class Experiment:
         return next(images.batches(train, settings.init_images))[0]
 
     def _base_digest(self, settings: Settings) -> str:
-        beside = self.root / f"{settings.base}.sha256"
-        digest = beside.read_text().split()[:1] if beside.is_file() else []
-        if not digest:
+        if not (self.root / f"{settings.base}.sha256").is_file():
             raise UsageError(
                 f"the pretrained weights {settings.base} are missing; run `make pretrain PRESET={settings.preset}`"
             )
-        return digest[0]
+        return read_digest(self.root / settings.base)
 
     def folder(self, node: _Node) -> Path:
         """Where a stage's weights and records lie."""
@@ -328,12 +361,16 @@ class Experiment:
         record = self.folder(node) / "run.json"
         if not record.is_file():
             files = sorted(self.folder(node).parent.glob(f"{node.stage.name}-????????/run.json"))
-            earlier = [json.loads(file.read_text()) for file in files]
-            changed = what_changed(node.determines, [r["determines"] for r in earlier if "determines" in r])
-            other = f"recorded with other inputs ({changed})" if changed else "recorded with other inputs"
-            return other if earlier else "not recorded yet"
-        if json.loads(record.read_text())["identity"] != node.identity:
-            return f"{record} belongs to another stage"
+            if not files:
+                return "not recorded yet"
+            changed = what_changed(node.determines, _recorded_inputs(files))
+            return f"recorded with other inputs{f' ({changed})' if changed else ''}"
+        try:
+            if read_record(record, StageRecord)["identity"] != node.identity:
+                return f"{record} belongs to another stage"
+            self._read_history(node)
+        except DamagedRecord as e:
+            return str(e)
         return None
 
     @property
@@ -466,11 +503,11 @@ class Experiment:
         if node.narrowed_at:
             model = self._narrow(node.narrowed_at)
             if node.narrowed_at is not node:
-                model.load_state_dict(load_tensors(self.folder(node.parent) / "weights.safetensors")[0])
+                load_weights(model, self.folder(node.parent) / "weights.safetensors")
             return model
         if isinstance(node.parent, _Node) and node.parent.stage.alpha is not None and not node.stage.refit:
             model = self._parallel(node)
-            model.load_state_dict(load_tensors(self.folder(node.parent) / "weights.safetensors")[0])
+            load_weights(model, self.folder(node.parent) / "weights.safetensors")
         elif node.stage.alpha is None:
             model = self._network(node)
         else:
@@ -497,7 +534,7 @@ class Experiment:
             )
         if isinstance(node.parent, _Node) and not node.stage.refit:
             model = self._parallel(node.parent)
-            model.load_state_dict(load_tensors(self.folder(node.parent) / "weights.safetensors")[0])
+            load_weights(model, self.folder(node.parent) / "weights.safetensors")
         else:
             model = self._parallel(node, fitted=how == "fold")
         if how == "scratch":
@@ -513,7 +550,7 @@ class Experiment:
         torch.manual_seed(derive_seed(node.key, 0))
         network = NETWORKS[node.settings.network](node.settings.width)
         if isinstance(node.parent, _Node):
-            network.load_state_dict(load_tensors(self.folder(node.parent) / "weights.safetensors")[0])
+            load_weights(network, self.folder(node.parent) / "weights.safetensors")
         return network
 
     def _wide_program(self, node: _Node) -> nn.Module:
@@ -526,11 +563,11 @@ class Experiment:
     def _pretrained(self, settings: Settings) -> nn.Module:
         network = NETWORKS[settings.network](settings.width)
         try:
-            network.load_state_dict(load_tensors(self.root / settings.base)[0])
-        except RuntimeError:
+            load_weights(network, self.root / settings.base)
+        except WrongWeights as e:
             raise UsageError(
                 f"the weights in {settings.base} do not fit a {settings.network} of width {settings.width:g}; set width to "
-                f"theirs, or base to another file and run `make pretrain PRESET={settings.preset}`"
+                f"theirs, or base to another file and run `make pretrain PRESET={settings.preset}` ({e})"
             ) from None
         return network
 
@@ -565,10 +602,10 @@ class Experiment:
             )
         if node.narrowed_at:
             model = self._narrow(node.narrowed_at)
-            model.load_state_dict(load_tensors(path)[0])
+            load_weights(model, path)
             return model.eval()
         model = self._parallel(node)
-        model.load_state_dict(load_tensors(path)[0])
+        load_weights(model, path)
         self._set_alpha(model, node)
         return model.eval()
 
@@ -606,7 +643,7 @@ class Experiment:
     def record(self, name: str) -> dict[str, Any] | None:
         """The record of a stage, or None if it has not run."""
         node = self.find(name)
-        return None if self.why(node) else json.loads((self.folder(node) / "run.json").read_text())
+        return None if self.why(node) else read_record(self.folder(node) / "run.json", StageRecord)
 
     def history(self) -> pd.DataFrame:
         """All measurements of the experiment's own stages, one a row, in the columns `COLUMNS`."""
@@ -614,19 +651,38 @@ class Experiment:
         return pd.concat(recorded, ignore_index=True) if recorded else pd.DataFrame(columns=COLUMNS)
 
     def stage_history(self, name: str) -> pd.DataFrame:
-        return pd.read_csv(self.folder(self.find(name)) / "history.csv")
+        """The measurements of a recorded stage, in the columns `COLUMNS`."""
+        return self._read_history(self.find(name))
+
+    def _read_history(self, node: _Node) -> pd.DataFrame:
+        return read_history(self.folder(node) / "history.csv", node.settings.experiment, node.stage.name)
 
     def published(self) -> pd.DataFrame | None:
-        """The history beside the published weights, in the form of `curves`; None if they are not there."""
-        history = self.root / self.settings.publish / "history.csv"
+        """The history beside the published weights, in the form of `curves`; None if they are not there, or it is damaged."""
+        history = self._publishes() / "history.csv"
         if not (self.root / f"{self.settings.base}.sha256").is_file() or not history.is_file():
             return None
-        return pd.read_csv(history).assign(start=0, color=None)
+        try:
+            return read_history(history).assign(start=0, color=None)
+        except DamagedRecord as e:
+            warnings.warn(f"{e}; it is made again", stacklevel=2)
+            return None
 
     def published_is_current(self) -> bool:
         """Whether the published weights were made with these very parameters."""
-        record = json.loads((self.root / self.settings.publish / "run.json").read_text())
+        try:
+            record = read_record(self._publishes() / "run.json", StageRecord)
+        except DamagedRecord as e:
+            warnings.warn(str(e), stacklevel=2)
+            return False
         return record["identity"] == self.stages[-1].identity
+
+    def _publishes(self) -> Path:
+        if self.settings.publish is None:
+            raise UsageError(
+                f"experiment '{self.settings.experiment}' publishes nothing; add publish: results/<preset>/pretrained"
+            )
+        return self.root / self.settings.publish
 
     def curves(self) -> pd.DataFrame:
         """The measurements of the experiment's stages and of those of other experiments it starts from, with
@@ -679,6 +735,27 @@ class Experiment:
         save_tensors(target / Path(self.settings.base).name, load_tensors(source / "weights.safetensors")[0])
 
 
+def _recorded_inputs(files: list[Path]) -> list[dict[str, Any]]:
+    """What the records in these files were determined by, as far as they are whole and say so."""
+    found = []
+    for file in files:
+        try:
+            found.append(read_record(file, StageRecord).get("determines"))
+        except DamagedRecord:
+            continue
+    return [inputs for inputs in found if inputs]
+
+
+def _of_file(file: Path, given: dict[str, Any]) -> Experiment:
+    if not file.is_file():
+        raise UsageError(f"{file} does not exist; experiment files lie in params/<preset>/")
+    # Not resolved: what a link leads to may be another project's, and its results are not ours to write.
+    path = Path(os.path.abspath(file))
+    if path.parent.parent.name != "params":
+        raise UsageError(f"{file} is no experiment file; those lie in params/<preset>/")
+    return Experiment(path.parent.name, path.stem, root=path.parents[2], **given)
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m alphaprune.experiment", description="Run one experiment."
@@ -696,15 +773,13 @@ def main(arguments: list[str] | None = None) -> None:
             if not equals:
                 raise UsageError(f"--set {item}: write NAME=VALUE, such as seed=1")
             try:
-                given[key] = yaml.safe_load(value)
-            except yaml.YAMLError:
-                raise UsageError(f"--set {item}: {value!r} is not a YAML value") from None
+                given[key] = yaml_text.parse(value)
+            except ValueError as e:
+                raise UsageError(f"--set {key}: {shown(value)} is not a YAML value ({e})") from None
+        check_names(given, "--set")
         said: list[str] = []
         for file in args.file:
-            if not file.is_file():
-                raise UsageError(f"{file} does not exist; experiment files lie in params/<preset>/")
-            path = file.resolve()
-            experiment = Experiment(path.parent.name, path.stem, root=path.parents[2], **given)
+            experiment = _of_file(file, given)
             if args.why:
                 new = [line for line in experiment.reasons() if line not in said]  # a parent of several
                 said += new

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +12,11 @@ from torch import Tensor
 from torchvision.datasets import ImageFolder
 
 from alphaprune.data import VALIDATION_SEED, Dataset, Split
-from alphaprune.errors import UsageError
+from alphaprune.errors import UsageError, shown
 
 # Of the images that torchvision's pretrained networks were trained on, in units of 0..1.
+LARGEST_SIDE = 4096
+LONGEST = 50  # sides of an image: the longer one by the shorter; scaling what is narrower takes gigabytes
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -35,8 +38,14 @@ def load_folder(folder: Path | str, size: int = 224, held_out: float = 0.2) -> t
     Raises:
         UsageError: if there are fewer than two classes or too few images, or a file is no image.
     """
-    if not 0 < held_out < 1:
-        raise UsageError(f"held_out is {held_out!r}; give a share in (0, 1), such as 0.2")
+    if not isinstance(held_out, float) or not 0 < held_out < 1:
+        raise UsageError(f"held_out is {shown(held_out)}; give a share in (0, 1), such as 0.2")
+    if type(size) is not int or not 1 <= size <= LARGEST_SIDE:
+        raise UsageError(
+            f"size is {shown(size)}; give a whole number of pixels up to {LARGEST_SIDE}, such as 224"
+        )
+    if not isinstance(folder, Path | str) or "\0" in str(folder):
+        raise UsageError(f"{shown(folder)} is not a folder; give its path as text")
     if not Path(folder).is_dir():
         raise UsageError(
             f"{folder} is not a folder; give one that holds a subfolder of images for each class"
@@ -60,13 +69,29 @@ def load_folder(folder: Path | str, size: int = 224, held_out: float = 0.2) -> t
     return Dataset(train=split(train), val=split(val)), found.classes
 
 
+# What Pillow raises for damaged files, whatever the format; a few kilobytes can claim gigapixels.
+_UNREADABLE = (
+    UnidentifiedImageError,
+    Image.DecompressionBombError,
+    OSError,
+    ValueError,
+    SyntaxError,
+    EOFError,
+    struct.error,
+)
+
+
 def _read(path: Path, size: int) -> Tensor:
     """One image as (3, size, size) uint8."""
     try:
         with Image.open(path) as image:
             picture = image.convert("RGB")
-    except (UnidentifiedImageError, OSError) as e:
+    except _UNREADABLE as e:
         raise UsageError(f"{path} cannot be read as an image ({e}); remove it or convert it") from None
+    if max(picture.size) > LONGEST * min(picture.size):
+        raise UsageError(
+            f"{path} is {picture.width} x {picture.height} pixels, too narrow to take its middle; crop it"
+        )
     scale = size / min(picture.size)
     width, height = (max(round(n * scale), size) for n in picture.size)
     left, top = (width - size) // 2, (height - size) // 2

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from alphaprune.experiment import Experiment
 from alphaprune.fold import Certificate, fold
 from alphaprune.measure import multiply_adds, parameters
 from alphaprune.provenance import provenance
+from alphaprune.records import DamagedRecord, FoldRecord, read_record
 from alphaprune.skips import SkipModel, remove_skips
 from alphaprune.storage import save_tensors, write_json
 from alphaprune.train import evaluate
@@ -61,11 +62,15 @@ def prune(experiment: Experiment) -> Pruned:
 
 
 def load_pruned(experiment: Experiment) -> Pruned | None:
-    """What `prune` recorded for this very model, None if it has not run."""
+    """What `prune` recorded for this very model, None if it has not run or its record is damaged."""
     record = _folder(experiment) / "run.json"
     if not record.is_file():
         return None
-    content = json.loads(record.read_text())
+    try:
+        content = read_record(record, FoldRecord)
+    except DamagedRecord as e:
+        warnings.warn(f"{e}; it is folded again", stacklevel=2)
+        return None
     made = content["identity"], content.get("pruning_version")
     if made != (experiment.find(experiment.to_fold()).identity, PRUNING_VERSION):
         return None

@@ -20,6 +20,7 @@ from typing import Literal
 from alphaprune.errors import UsageError
 
 THRESHOLD = 0.015
+MOST_VALUES = 1000
 Kind = Literal["step", "multiplicative", "exponential", "cosine", "listed"]
 Order = Literal["together", "front", "back"]
 OVERLAP = 0.5  # share of the layers whose alpha falls at the same time, staggered
@@ -76,6 +77,10 @@ def alphas(kind: Kind, by: float | Sequence[float], threshold: float = THRESHOLD
         if alpha < threshold:
             return [*values, 0.0]
         values.append(alpha)
+        if len(values) > MOST_VALUES:
+            raise UsageError(
+                f"schedule '{kind}' by {by!r} goes through more than {MOST_VALUES} values; take larger steps"
+            )
     raise AssertionError("every schedule falls below its threshold")
 
 

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import pandas as pd
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
+from alphaprune import yaml_text
 from alphaprune.errors import UsageError
 
 REPRODUCED, NOT_REPRODUCED, LEFT_OPEN, NOT_RUN = "reproduced", "not reproduced", "report left open", "not run"
@@ -75,8 +75,8 @@ def load_claims(path: Path) -> list[Claim]:
         UsageError: if the file is missing or a claim is not complete.
     """
     try:
-        return TypeAdapter(list[Claim]).validate_python(yaml.safe_load(path.read_text()))
-    except (OSError, yaml.YAMLError, ValidationError) as e:
+        return TypeAdapter(list[Claim]).validate_python(yaml_text.read(path))
+    except ValidationError as e:
         raise UsageError(f"{path} does not hold claims: {' '.join(str(e).split())[:200]}") from None
 
 

@@ -88,9 +88,15 @@ def allot(
 
     Returns:
         By layer name its ratio, to be given to `ParallelModel`.
+
+    Raises:
+        UsageError: if `damage` is of other layers than the network's.
     """
     structure = ParallelModel(network, 1.0, example_input, exclude=exclude).structure
     groups = [group.split(", ") for group in damage]
+    layers = {m.name for m in _narrowed(structure)}
+    if differs := sorted(layers.symmetric_difference(name for group in groups for name in group)):
+        raise UsageError(f"the damages measured are of other layers ('{differs[0]}'); measure them again")
     channels = [_channels(structure, group[0]) for group in groups]
     curves = [_curve(damage[", ".join(g)], c) for g, c in zip(groups, channels, strict=True)]
 

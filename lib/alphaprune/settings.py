@@ -9,26 +9,53 @@ another preset, so that a preset says only what differs.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from alphaprune.errors import UsageError
+from alphaprune import yaml_text
+from alphaprune.errors import UsageError, shown
 from alphaprune.initialise import Init
 from alphaprune.objective import Draw, Objective
 from alphaprune.schedule import THRESHOLD, Kind, Order, alphas
 from alphaprune.train import Recipe
 
 Unit = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+# Bounds far beyond what anyone trains with: what is larger is a slip, and would run out of memory, time or float32.
+Positive = Annotated[float, Field(gt=0, le=1e30, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, le=1e30, allow_inf_nan=False)]
 Start = Literal["fold", "scratch", "torch-pruning-l1", "torch-pruning-bn", "torch-pruning-l2"]
-Count = Annotated[int, Field(ge=1)]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.,=-]*$", max_length=80)]
+Count = Annotated[int, Field(ge=1, le=10**9)]
+_NAME = r"[A-Za-z0-9][A-Za-z0-9_.,=-]{0,79}"  # of files and folders too, so no slash, and no dot in front
+Name = Annotated[str, Field(pattern=f"^{_NAME}$")]
+StageOf = Annotated[str, Field(pattern=f"^({_NAME}/)?{_NAME}$")]  # `<stage>` or `<experiment>/<stage>`
+Text = Annotated[str, Field(max_length=300)]
+MOST_STAGES = 500  # of an experiment
+
+
+def _inside_results(path: str) -> str:
+    parts = path.split("/")
+    if parts[0] != "results" or len(parts) < 2 or not all(re.fullmatch(r"[\w.,=+ -]+", p) for p in parts):
+        raise ValueError("give a path that begins with results/, from the project's folder")
+    if any(p.strip(". ") == "" for p in parts):
+        raise ValueError("give a path inside results/, without dots in place of names")
+    return path
+
+
+def _drawable(color: str) -> str:
+    from matplotlib.colors import is_color_like  # only files with colours need it
+
+    if not is_color_like(color):
+        raise ValueError("matplotlib knows no such colour; give one such as royalblue or '#4169e1'")
+    return color
+
+
+InResults = Annotated[str, Field(max_length=200), AfterValidator(_inside_results)]
+Color = Annotated[str, Field(max_length=40), AfterValidator(_drawable)]
 
 
 class _Strict(BaseModel):
@@ -59,10 +86,10 @@ class Stage(_Training):
     name: Name
     alpha: Unit | None = None  # None trains a plain network, without branches
     lr: Positive
-    parent: str = Field(alias="from")
+    parent: StageOf = Field(alias="from")
     narrow: Start | None = None  # makes what it starts from a plain narrow network first
     refit: Init | None = None  # new branches beside the wide weights of what it starts from
-    color: str | None = None  # of the curve in the report's figure; not part of the identity
+    color: Color | None = None  # of the curve in the report's figure; not part of the identity
 
     @model_validator(mode="after")
     def _something_trains(self) -> Stage:
@@ -103,10 +130,10 @@ class Adaptive(_Training):
     """Stages whose alphas are found while they train: see `schedule.next_try`."""
 
     lr: Positive
-    parent: str = Field(alias="from")
+    parent: StageOf = Field(alias="from")
     survive: Unit = 0.01  # validation accuracy that a step may cost
-    first: Unit = 0.5  # the first step of alpha
-    smallest: Annotated[float, Field(gt=0, le=1)] = 0.01  # a step this small is taken whatever it costs
+    first: Annotated[float, Field(ge=0.001, le=1)] = 0.5  # the first step of alpha
+    smallest: Annotated[float, Field(ge=0.001, le=1)] = 0.01  # a step this small is taken whatever it costs
 
     def stage(self, number: int, alpha: float, parent: str) -> Stage:
         fields = self.model_dump(include=set(_Training.model_fields))
@@ -119,13 +146,13 @@ class Settings(_Strict):
 
     preset: Name
     experiment: Name
-    title: str
+    title: Text
     # data and network
     data: Literal["cifar10", "sample"]
     train_images: Count | None = None  # None: all 45,000
     val_images: Count | None = None  # None: all 5,000
     network: Literal["vgg16", "resnet20"] = "vgg16"
-    width: Positive  # factor on the network's channels
+    width: Annotated[float, Field(gt=0, le=16)]  # factor on the network's channels
     keep_ratio: Annotated[float, Field(gt=0, le=1)]
     anneal: Literal["channels", "skips"] = (
         "channels"  # what alpha weighs: the wide channels, or the shortcuts
@@ -135,10 +162,12 @@ class Settings(_Strict):
     widths: Literal["uniform", "sensitivity"] = (
         "uniform"  # one keep_ratio for all layers, or one each at the same cost
     )
-    base: str  # file of the pretrained weights, from the project's folder
+    base: InResults  # file of the pretrained weights, from the project's folder
     # training, see train.Recipe
-    seed: Annotated[int, Field(ge=0)] = 0
-    threads: Count | None = None  # CPU threads; None leaves the choice to torch
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    threads: Annotated[int, Field(ge=1, le=1024)] | None = (
+        None  # CPU threads; None leaves the choice to torch
+    )
     batch_size: Count
     lr_schedule: Literal["plateau", "one_cycle"] = "plateau"
     lr_scale: Positive = 1.0  # every lr is multiplied by it; figures and names keep the report's lr
@@ -147,17 +176,17 @@ class Settings(_Strict):
     lr_patience: Count
     lr_factor: Annotated[float, Field(gt=0, lt=1)]
     momentum: Annotated[float, Field(ge=0, lt=1)]
-    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    weight_decay: NotNegative = 0.0
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     log_every: Count
     fold_now_every: Count = 3  # epochs between two measurements of what the network would score if folded
     # what to do
-    stages: tuple[Stage, ...] = ()
+    stages: Annotated[tuple[Stage, ...], Field(max_length=MOST_STAGES)] = ()
     adaptive: Adaptive | None = None  # more stages behind these
-    folds: str | None = (
+    folds: StageOf | None = (
         None  # the stage whose model is folded, `<experiment>/<stage>`, or `best` of its own at alpha 0
     )
-    publish: str | None = None  # folder that the last stage's weights and records are copied to
+    publish: InResults | None = None  # folder that the last stage's weights and records are copied to
 
     @model_validator(mode="after")
     def _names_differ(self) -> Settings:
@@ -194,11 +223,11 @@ class _Schedule(_Training):
     """Several stages, each from the one before, one for every alpha of a schedule."""
 
     schedule: Kind
-    by: Positive | list[Unit]
+    by: Positive | Annotated[list[Unit], Field(max_length=MOST_STAGES)]
     threshold: Unit = THRESHOLD
     lr: Positive
-    parent: str = Field(alias="from")
-    colors: dict[str, str] = {}  # colour by stage name
+    parent: StageOf = Field(alias="from")
+    colors: dict[str, Color] = {}  # colour by stage name
 
 
 def stage_name(alpha: float, lr: float) -> str:
@@ -225,6 +254,14 @@ def given_parameters(variables: Mapping[str, Any], before: set[str]) -> dict[str
     plain = (bool, int, float, str, list, dict, type(None))
     found = {k: v for k, v in variables.items() if k not in before and not k.startswith("_")}
     return {k: v for k, v in found.items() if type(v) in plain}
+
+
+def check_names(given: Mapping[str, Any], source: str) -> None:
+    """Refuse parameters that no file may hold, or that say which file is read (raises UsageError naming `source`)."""
+    for key in given:
+        if key in ("preset", "experiment") or key not in KEYS:
+            known = [k for k in KEYS if k not in ("preset", "experiment")]
+            raise UsageError(f"{source}: parameter '{str(key)[:60]}' is unknown{_like(str(key), known)}")
 
 
 def load_settings(preset: str, experiment: str, root: Path | None = None, **given: Any) -> Settings:
@@ -260,11 +297,15 @@ def load_settings(preset: str, experiment: str, root: Path | None = None, **give
     for source, content in sources.items():
         for key in content:
             if key not in KEYS:
-                raise UsageError(f"{source}: parameter '{key}' is unknown{_like(key, KEYS)}")
+                raise UsageError(f"{source}: parameter '{str(key)[:60]}' is unknown{_like(str(key), KEYS)}")
             origin[key] = source
         merged |= content
-    if other := merged.pop("stages_of", None):
-        merged = _what_to_do(folder / str(other) / f"{experiment}.yaml") | merged
+    if (other := merged.pop("stages_of", None)) is not None:
+        if other not in presets:
+            raise UsageError(
+                f"{origin['stages_of']}: stages_of: preset {shown(other)} does not exist; there are: {', '.join(presets)}"
+            )
+        merged = _what_to_do(folder / other / f"{experiment}.yaml") | merged
     if (merged.get("preset", preset), merged.get("experiment", experiment)) != (preset, experiment):
         raise UsageError(
             f"{own_file}: preset and experiment must be '{preset}' and '{experiment}', as the file's place says"
@@ -283,10 +324,7 @@ def _what_to_do(file: Path) -> dict[str, Any]:
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
-        raise UsageError(f"{path} is not readable YAML: {' '.join(str(e).split())[:200]}") from None
+    content = yaml_text.read(path)
     if not isinstance(content, dict) or not all(isinstance(k, str) for k in content):
         raise UsageError(f"{path} must hold parameters, one `name: value` a line")
     return content
@@ -296,6 +334,10 @@ def _expand(entries: Any, file: Path | str) -> tuple[Stage, ...]:
     """Stages and schedules as they stand in a file -> stages, named."""
     if not isinstance(entries, list | tuple):
         raise UsageError(f"{file}: stages must be a list")
+    if len(entries) > MOST_STAGES:
+        raise UsageError(
+            f"{file}: stages: {len(entries)} are more than the {MOST_STAGES} of an experiment; make it two"
+        )
     stages: list[Stage] = []
     for i, entry in enumerate(entries):
         where = f"stages.{i}."
@@ -316,10 +358,13 @@ def _expand(entries: Any, file: Path | str) -> tuple[Stage, ...]:
                 parent = name
         elif isinstance(entry, dict):
             numbers = [entry.get("alpha"), entry.get("lr")]
-            name = stage_name(*numbers) if all(isinstance(n, int | float) for n in numbers) else f"stage-{i}"
+            named = all(isinstance(n, int | float) and abs(n) <= 1e6 for n in numbers)
+            name = stage_name(*numbers) if named else f"stage-{i}"
             stages.append(_validate(Stage, {"name": name} | entry, file, where))
         else:
-            raise UsageError(f"{file}: stages.{i} is {entry!r}; give `{{alpha: 0.5, lr: 0.001, from: base}}`")
+            raise UsageError(
+                f"{file}: stages.{i} is {shown(entry)}; give `{{alpha: 0.5, lr: 0.001, from: base}}`"
+            )
     return tuple(stages)
 
 
@@ -334,7 +379,7 @@ def _validate(
         return model.model_validate(content)
     except ValidationError as e:
         first = e.errors()[0]
-        key = where + ".".join(str(part) for part in first["loc"])
+        key = where + ".".join(str(part)[:60] for part in first["loc"])
         value = first.get("input")
         message = first["msg"]
         if first["type"] == "extra_forbidden":
@@ -343,14 +388,14 @@ def _validate(
             message = "missing; add it here or in preset.yaml"
         elif isinstance(value, str) and first["type"] in ("float_type", "int_type"):
             message = (
-                f"{value!r} is text, a number is needed; YAML reads 1.0e-3 as a number, but 1e-3 as text"
+                f"{shown(value)} is text, a number is needed; YAML reads 1.0e-3 as a number, but 1e-3 as text"
             )
         else:
-            message = f"{message}, not {str(value)[:60]!r}"
+            message = f"{message}, not {shown(value)}"
         file = origin.get(key, file)
         raise UsageError(f"{file}: {key}: {message}" if key else f"{file}: {message}") from None
 
 
 def _like(key: str, known: Any) -> str:
-    close = difflib.get_close_matches(key, list(known), 1)
+    close = difflib.get_close_matches(key[:60], list(known), 1)
     return f"; did you mean '{close[0]}'?" if close else f"; known are: {', '.join(known)}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -94,8 +95,27 @@ def check_digest(path: Path) -> str:
             f"{path} or its .sha256 is missing; make it again (for pretrained weights: `make pretrain`)"
         )
     found = hashlib.sha256(path.read_bytes()).hexdigest()
-    if beside.read_text().split()[:1] != [found]:
+    if read_digest(path) != found:
         raise UsageError(
             f"{path} is damaged: its SHA-256 differs from {beside.name}; delete both and run the same command again"
         )
     return found
+
+
+def read_digest(path: Path) -> str:
+    """The SHA-256 that is recorded beside `path`, not compared with its content.
+
+    Raises:
+        UsageError: if the file beside it does not hold one.
+    """
+    beside = path.with_name(path.name + ".sha256")
+    try:
+        with beside.open("rb") as f:
+            digest = f.read(64)
+    except OSError as e:
+        raise UsageError(f"{beside} cannot be read ({e.strerror})") from None
+    if not re.fullmatch(rb"[0-9a-f]{64}", digest):
+        raise UsageError(
+            f"{beside} is damaged: it holds no SHA-256; delete it and {path.name} and run the same command again"
+        )
+    return digest.decode()

@@ -26,7 +26,9 @@ from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
 from alphaprune.data import Split, batches
 from alphaprune.errors import UsageError
 from alphaprune.interrupt import SafePoints
+from alphaprune.modes import in_eval_mode
 from alphaprune.objective import Loss, Objective
+from alphaprune.resume_state import read_state
 from alphaprune.storage import load_tensors, save_tensors
 
 with warnings.catch_warnings():  # its progress bars, which are not used here, ask for notebook widgets
@@ -124,7 +126,9 @@ def fit(
 
     Raises:
         Interrupted: after SIGTERM or SIGINT, once the state is on disk.
+        UsageError: if a label is none of the classes that the network tells apart, or the images do not fit it.
     """
+    _check_labels(model, train, val)
     accelerator = accelerator_for_this_machine()
     model.to(accelerator.device, memory_format=torch.channels_last)
     train, val = train.to(accelerator.device), val.to(accelerator.device)
@@ -193,6 +197,28 @@ def fit(
             signals.stop(f"saved after epoch {outcome.epochs}")
     model.load_state_dict(state.best)
     return outcome
+
+
+@torch.no_grad()
+def _check_labels(model: nn.Module, *splits: Split) -> None:
+    """Refuse images that the network cannot take and labels that are none of its classes, before any training."""
+    for split in splits:
+        if len(split) == 0:
+            raise UsageError("there are no images to train on or to validate with; give at least one of each")
+        image, _ = next(batches(split.to(next(model.parameters()).device).first(1), 1))
+        try:
+            with in_eval_mode(model):
+                classes = model(image).shape[1]
+        except RuntimeError as e:
+            raise UsageError(
+                f"images of {tuple(split.images.shape[1:])} do not fit the network ({str(e)[:200]}); give others"
+            ) from None
+        lowest, highest = split.labels.min().item(), split.labels.max().item()
+        if lowest < 0 or highest >= classes:
+            raise UsageError(
+                f"labels go from {lowest} to {highest}, but the network tells {classes} classes apart; "
+                f"give labels 0 to {classes - 1}, or a network with more classes"
+            )
 
 
 def accelerator_for_this_machine() -> Accelerator:
@@ -334,11 +360,13 @@ class _State:
         for slot in self._slots():
             try:
                 tensors, metadata = load_tensors(slot)
-                found.append((tensors, json.loads(metadata["state"])))
+                rest = read_state(tensors, metadata, self.model, self.optimizer, self.scheduler)
+                found.append((tensors, rest))
             except UsageError as e:  # cut off while it was written, or damaged since
                 if slot.is_file():
                     warnings.warn(
-                        f"{e}. It goes on from the state before, with the same result", stacklevel=2
+                        f"{slot.name}: {e}. It goes on from the state before, with the same result",
+                        stacklevel=2,
                     )
         return max(found, key=lambda f: f[1]["saves"], default=None)
 
