@@ -95,7 +95,8 @@ def snapshot(root):
 
 
 def everything(folder):
-    return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    """Path -> content, but for locks, which are there as soon as something is about to run."""
+    return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != ".lock"}
 
 
 @contextlib.contextmanager
@@ -352,7 +353,7 @@ def test_a_link_to_another_project_is_not_followed_there(root, capsys):
 COMMANDS = {
     "nothing": ([], "required"),
     "unknown option": ([FIG4, "--jobs", "2"], "unrecognized"),
-    "two files": ([FIG4, FIG4], "unrecognized"),
+    "two files, one missing": ([FIG4, "params/smoke/fig5.yaml", "--why"], "fig5.yaml does not exist"),
     "no file": (["params/smoke/nobody.yaml"], "does not exist"),
     "a folder": (["params/smoke"], "does not exist"),
     "a file of no preset": (["params/claims.yaml"], "no experiment file"),
@@ -991,7 +992,7 @@ def interrupted(tmp_path_factory):
 
     with pytest.raises(KeyboardInterrupt):
         run(folder / "resume.safetensors", after_epoch=stop)
-    return folder / "resume.safetensors", run, run(folder / "other.safetensors")
+    return folder / "resume.1.safetensors", run, run(folder / "other.safetensors")
 
 
 @pytest.mark.parametrize("name", [*STATES, *TENSORS])
@@ -1004,18 +1005,21 @@ def test_a_damaged_resume_state_begins_the_stage_again(interrupted, tmp_path, na
         metadata = {"state": changed}
     else:
         TENSORS[name](tensors)
-    save_tensors(tmp_path / "resume.safetensors", tensors, metadata)
-    with in_time(20):
+    save_tensors(tmp_path / "resume.1.safetensors", tensors, metadata)
+    with (
+        in_time(20),
+        pytest.warns(UserWarning, match=r"resume\.1\.safetensors: .* goes on from the state before"),
+    ):
         again, state = run(tmp_path / "resume.safetensors")
     assert again == history and all(torch.equal(state[k], v) for k, v in weights.items())
 
 
 def test_an_undamaged_resume_state_is_used(interrupted, tmp_path):
     path, run, (history, _) = interrupted
-    for file in path.parent.glob("resume.safetensors*"):
+    for file in path.parent.glob("resume.*"):
         shutil.copy(file, tmp_path)
     epochs = []
-    again, _ = run(tmp_path / path.name, after_epoch=lambda outcome: epochs.append(outcome.epochs))
+    again, _ = run(tmp_path / "resume.safetensors", after_epoch=lambda outcome: epochs.append(outcome.epochs))
     assert epochs == [2] and again == history
 
 
