@@ -31,6 +31,7 @@ from alphaprune.experiment import Experiment
 from alphaprune.fold import fold
 from alphaprune.measure import multiply_adds, parameters
 from alphaprune.parallel import ParallelModel
+from alphaprune.provenance import merged
 from alphaprune.settings import load_settings, project_root
 from alphaprune.storage import write_bytes, write_json
 from alphaprune.train import evaluate
@@ -281,6 +282,22 @@ def curves(name: str, preset: str, table: pd.DataFrame, root: Path | None = None
         found["images"] = (found["start"] + found["step"]) * of.settings.batch_size
         parts.append(found)
     return pd.concat(parts, ignore_index=True)
+
+
+def provenance(name: str, preset: str, table: pd.DataFrame, root: Path | None = None) -> dict[str, Any]:
+    """What figures of a table that `compare` gave were made from, in the form of `alphaprune.provenance`."""
+    root = root or project_root()
+    plan = load_comparison(name, root)
+    rows = table[["method", "lr", "keep_ratio", "seed"]].drop_duplicates()
+    several = table["images"].nunique() > 1
+    of = [
+        experiment(name, preset, r.method, float(r.lr), float(r.keep_ratio), int(r.seed), budget, root)
+        for r in rows.itertuples()
+        for budget in ((1.0, *plan.budgets) if several else (1.0,))
+    ]
+    found = merged(e.provenance() for e in of)
+    command = f"python -m alphaprune.comparison {name} {preset}{' --budgets' if several else ''}"
+    return found | {"command": [command], "parameters": sorted([f"params/{name}.yaml", *found["parameters"]])}
 
 
 def _search(method: _Method) -> tuple[float, str]:

@@ -12,6 +12,7 @@ import argparse
 import copy
 import hashlib
 import json
+import shlex
 import shutil
 import sys
 import time
@@ -34,10 +35,17 @@ from alphaprune.models import NETWORKS
 from alphaprune.narrowing import from_scratch, torch_pruning
 from alphaprune.parallel import BRANCHES_VERSION, ParallelModel
 from alphaprune.progress import Progress
-from alphaprune.provenance import provenance
+from alphaprune.provenance import of_records, provenance
 from alphaprune.schedule import Try, next_try, staggered
 from alphaprune.sensitivity import allot, damages
-from alphaprune.settings import Settings, Stage, given_parameters, load_settings, project_root
+from alphaprune.settings import (
+    Settings,
+    Stage,
+    given_parameters,
+    load_settings,
+    parameter_files,
+    project_root,
+)
 from alphaprune.skips import SkipModel
 from alphaprune.storage import load_tensors, save_tensors, write_bytes, write_json
 from alphaprune.train import (
@@ -57,6 +65,7 @@ SENSITIVITY_IMAGES = 1000  # at most
 STATISTICS_BATCH = 250  # images, for BatchNorm
 SHARE_IMAGES = 500  # at most, for `wide_share`
 SCRATCH, BASE = "scratch", "base"
+OF_ONE_EXPERIMENT = ("stages", "title", "folds", "publish")  # settings that hold for no other
 COLUMNS = ["experiment", "stage", "alpha", "lr", "step", "epoch", "split", "metric", "value"]
 
 
@@ -134,7 +143,7 @@ class Experiment:
                 f"stage '{name}' starts from itself: {' <- '.join((*path[path.index(name) :], name))}"
             )
         if experiment not in self._all:
-            shared = {k: v for k, v in self.given.items() if k not in ("stages", "title", "folds", "publish")}
+            shared = {k: v for k, v in self.given.items() if k not in OF_ONE_EXPERIMENT}
             self._all[experiment] = load_settings(self.settings.preset, experiment, self.root, **shared)
         settings = self._all[experiment]
         found = [s for s in settings.stages if s.name == stage]
@@ -332,6 +341,24 @@ class Experiment:
         changed = {k: v for k, v in self.settings if v != getattr(files, k)}
         short = ",".join(f"{k}={v}" if isinstance(v, int | float) else k for k, v in sorted(changed.items()))
         return f"{self.settings.experiment},{short}" if short else self.settings.experiment
+
+    @property
+    def changed(self) -> dict[str, Any]:
+        """The settings given that differ from the experiment's files, by name, as they were given."""
+        names = self.settings.preset, self.settings.experiment, self.root
+        files = load_settings(*names)
+        same = {k for k, v in self.settings if v == getattr(files, k)}
+        # A notebook that was run from the experiment's file is given what stands in it.
+        if f"params/{self.given.get('stages_of')}/{self.settings.experiment}.yaml" in parameter_files(*names):
+            same.add("stages_of")
+        return {k: v for k, v in sorted(self.given.items()) if k not in same}
+
+    @property
+    def command(self) -> str:
+        """The command that makes the experiment's records."""
+        file = f"params/{self.settings.preset}/{self.settings.experiment}.yaml"
+        given = [("--set", shlex.quote(f"{name}={in_yaml(value)}")) for name, value in self.changed.items()]
+        return " ".join(["python -m alphaprune.experiment", file, *(word for pair in given for word in pair)])
 
     def stage_table(self) -> pd.DataFrame:
         """The stages as they stand in the file, and why each would run."""
@@ -570,8 +597,29 @@ class Experiment:
             "outcome": summary,
             "weights_sha256": digest,
             "data_checksum": self._checksum,
-            **provenance(self.root),
+            **provenance(self.root, self.command),
         }
+
+    def provenance(self) -> dict[str, Any]:
+        """What figures of the experiment were made from, in the form of `alphaprune.provenance`: its recorded stages, all they
+        come from, and the record of the pretrained weights."""
+        nodes: dict[str, _Node] = {}
+
+        def add(node: _Node | str) -> None:
+            if isinstance(node, _Node) and node.name not in nodes:
+                add(node.parent)  # parents first
+                nodes[node.name] = node
+
+        for stage in self.stages:
+            add(stage)
+        pretrained = (self.root / self.settings.base).with_name("run.json")
+        records = [pretrained] if pretrained.is_file() else []
+        records += [self.folder(n) / "run.json" for n in nodes.values() if self.why(n) is None]
+        experiments = dict.fromkeys(
+            [self.settings.experiment, *(n.settings.experiment for n in nodes.values())]
+        )
+        files = [f for e in experiments for f in parameter_files(self.settings.preset, e, self.root)]
+        return of_records(self.root, records, self.command, files)
 
     def record(self, name: str) -> dict[str, Any] | None:
         """The record of a stage, or None if it has not run."""
@@ -647,6 +695,16 @@ class Experiment:
         for name in ("history.csv", "run.json"):
             write_bytes(target / name, (source / name).read_bytes())
         save_tensors(target / Path(self.settings.base).name, load_tensors(source / "weights.safetensors")[0])
+
+
+def in_yaml(value: Any) -> str:
+    """A setting as it is written on a command line, on one line.
+
+    >>> in_yaml(1e-4), in_yaml([{"alpha": 0.5}])
+    ('1.0e-04', '[{alpha: 0.5}]')
+    """
+    text = yaml.safe_dump(value, default_flow_style=True, width=float("inf"), sort_keys=False)
+    return text.removesuffix("...\n").strip()
 
 
 def main(arguments: list[str] | None = None) -> None:
