@@ -34,7 +34,7 @@ ifeq ($(filter $(PRESET),$(PRESETS)),)
 $(error preset '$(PRESET)' is unknown; there are: $(PRESETS))
 endif
 
-.PHONY: skips own-network coverage cliff controls unfinished
+.PHONY: audit skips own-network coverage cliff controls unfinished
 .PHONY: reproduce-figures figures html pretrain experiments data lab test environment lock clean help $(EXPERIMENTS) pruned
 
 reproduce-figures: $(R)/report.html $(PAGES)
@@ -58,6 +58,7 @@ help:
 	@echo "make coverage            fold every CNN of torchvision and write docs/coverage.md"
 	@echo "make pretrain            train the pretrained network anew"
 	@echo "make data                fetch CIFAR-10 or check what is there"
+	@echo "make audit               known vulnerabilities of what requirements.lock names"
 	@echo "make lock                resolve requirements.lock anew"
 	@echo "make clean               remove results/$(PRESET) but for the pretrained networks"
 	@echo "Presets (PRESET=...):    $(PRESETS); now $(PRESET). Notebooks at once (JOBS=...): now $(JOBS)"
@@ -164,13 +165,17 @@ $(R)/report.html: $(R)/notebooks/report.ipynb notebooks/export.py $(wildcard not
 
 # ---- people and checks
 
+# Code that anyone may run who reaches it: from this machine alone, and with Jupyter's token, which is new at every start.
 lab: $(READY)
-	$(BIN)/jupyter lab --notebook-dir=. --LabApp.default_url=/lab/tree/notebooks
+	$(BIN)/jupyter lab --ip=127.0.0.1 --ServerApp.allow_remote_access=False --notebook-dir=. --LabApp.default_url=/lab/tree/notebooks
 
 test: $(READY)
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/python -m pytest -q -n 2 --dist loadfile
+
+audit: | $(READY)
+	@$(BIN)/python notebooks/audit.py requirements.lock
 
 clean:
 	rm -rf $(R)/notebooks $(R)/html $(R)/figures $(R)/stages $(R)/bundle $(R)/own_images $(R)/report.html $(R)/scorecard.csv
