@@ -34,7 +34,7 @@ ifeq ($(filter $(PRESET),$(PRESETS)),)
 $(error preset '$(PRESET)' is unknown; there are: $(PRESETS))
 endif
 
-.PHONY: audit skips own-network coverage cliff controls unfinished
+.PHONY: verify audit skips own-network coverage cliff controls unfinished
 .PHONY: reproduce-figures figures html pretrain experiments data lab test environment lock clean help $(EXPERIMENTS) pruned
 
 reproduce-figures: $(R)/report.html $(PAGES)
@@ -58,6 +58,7 @@ help:
 	@echo "make coverage            fold every CNN of torchvision and write docs/coverage.md"
 	@echo "make pretrain            train the pretrained network anew"
 	@echo "make data                fetch CIFAR-10 or check what is there"
+	@echo "make verify              three smoke reproductions, compared: is the same command the same result?"
 	@echo "make audit               known vulnerabilities of what requirements.lock names"
 	@echo "make lock                resolve requirements.lock anew"
 	@echo "make clean               remove results/$(PRESET) but for the pretrained networks"
@@ -173,6 +174,9 @@ test: $(READY)
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/python -m pytest -q -n 2 --dist loadfile
+
+verify: | $(READY)
+	@$(BIN)/python notebooks/verify.py
 
 audit: | $(READY)
 	@$(BIN)/python notebooks/audit.py requirements.lock
