@@ -157,10 +157,10 @@ $(R)/notebooks/report.ipynb: notebooks/05_report.ipynb params/claims.yaml $(R)/n
 	@touch $(R)/.changed
 
 html: $(R)/report.html $(PAGES)
-$(R)/html/%.html: $(R)/notebooks/%.ipynb notebooks/export.py $(wildcard notebooks/offline/*)
+$(R)/html/%.html: $(R)/notebooks/%.ipynb notebooks/export.py notebooks/sanitise.py $(wildcard notebooks/offline/*)
 	@$(BIN)/python notebooks/export.py $< $@
 	@touch $(R)/.changed
-$(R)/report.html: $(R)/notebooks/report.ipynb notebooks/export.py $(wildcard notebooks/offline/*)
+$(R)/report.html: $(R)/notebooks/report.ipynb notebooks/export.py notebooks/sanitise.py $(wildcard notebooks/offline/*)
 	@$(BIN)/python notebooks/export.py $< $@ --no-code
 	@touch $(R)/.changed
 
