@@ -38,7 +38,7 @@ ifeq ($(filter $(PRESET),$(PRESETS)),)
 $(error preset '$(PRESET)' is unknown; there are: $(PRESETS))
 endif
 
-.PHONY: skips own-network coverage cliff controls unfinished why test-faults FORCE
+.PHONY: verify audit skips own-network coverage cliff controls unfinished why test-faults FORCE
 .PHONY: reproduce-figures figures html pretrain experiments data lab test environment lock clean help $(EXPERIMENTS) pruned
 
 reproduce-figures: $(R)/report.html $(PAGES)
@@ -65,6 +65,8 @@ help:
 	@echo "make why                 the stages that would be trained, and which input changed"
 	@echo "make test-faults         kill, damage, fill the disk: what is survived (10 minutes)"
 	@echo "make data                fetch CIFAR-10 or check what is there"
+	@echo "make verify              three smoke reproductions, compared: is the same command the same result?"
+	@echo "make audit               known vulnerabilities of what requirements.lock names"
 	@echo "make lock                resolve requirements.lock anew"
 	@echo "make clean               remove results/$(PRESET) but for the pretrained networks"
 	@echo "Presets (PRESET=...):    $(PRESETS); now $(PRESET). Notebooks at once (JOBS=...): now $(JOBS)"
@@ -170,17 +172,18 @@ $(R)/notebooks/report.ipynb: $(H)/notebooks/05_report.ipynb $(H)/params/claims.y
 	@touch $(R)/.changed
 
 html: $(R)/report.html $(PAGES)
-$(R)/html/%.html: $(R)/notebooks/%.ipynb $(H)/notebooks/export.py $(call inputs,$(wildcard notebooks/offline/*))
+$(R)/html/%.html: $(R)/notebooks/%.ipynb $(call inputs,notebooks/export.py notebooks/sanitise.py $(wildcard notebooks/offline/*))
 	@$(BIN)/python notebooks/export.py $< $@
 	@touch $(R)/.changed
-$(R)/report.html: $(R)/notebooks/report.ipynb $(H)/notebooks/export.py $(call inputs,$(wildcard notebooks/offline/*))
+$(R)/report.html: $(R)/notebooks/report.ipynb $(call inputs,notebooks/export.py notebooks/sanitise.py $(wildcard notebooks/offline/*))
 	@$(BIN)/python notebooks/export.py $< $@ --no-code
 	@touch $(R)/.changed
 
 # ---- people and checks
 
+# Code that anyone may run who reaches it: from this machine alone, and with Jupyter's token, which is new at every start.
 lab: $(READY)
-	$(BIN)/jupyter lab --notebook-dir=. --LabApp.default_url=/lab/tree/notebooks
+	$(BIN)/jupyter lab --ip=127.0.0.1 --ServerApp.allow_remote_access=False --notebook-dir=. --LabApp.default_url=/lab/tree/notebooks
 
 test: $(READY)
 	@$(BIN)/ruff check .
@@ -190,6 +193,12 @@ test: $(READY)
 # Kills, damage and bad input, tried by the thousand; `make test` has a shorter form.
 test-faults: $(READY)
 	@ALPHAPRUNE_FAULTS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile tests/test_faults.py tests/test_faults_make.py tests/test_bad_input.py
+
+verify: | $(READY)
+	@$(BIN)/python notebooks/verify.py
+
+audit: | $(READY)
+	@$(BIN)/python notebooks/audit.py requirements.lock
 
 clean:
 	rm -rf $(R)/.inputs $(R)/notebooks $(R)/html $(R)/figures $(R)/stages $(R)/bundle $(R)/own_images $(R)/report.html $(R)/scorecard.csv

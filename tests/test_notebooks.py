@@ -1,5 +1,6 @@
 """Every notebook through papermill at smoke, by the Makefile, as a user would run them."""
 
+import json
 import os
 import re
 import subprocess
@@ -10,6 +11,8 @@ import nbformat
 import pandas as pd
 import pytest
 from conftest import make
+
+from alphaprune.provenance import read
 
 PAGES = (
     "pretrain",
@@ -88,6 +91,28 @@ def test_pages_ask_no_other_host_and_describe_every_picture(reproduced):
     assert report.count("<img") == 6
     links = re.findall(r'href="(html/[^"]+)"', report)
     assert len(links) == len(PAGES) and all((results / link).is_file() for link in links)
+
+
+def test_every_figure_and_page_leads_to_its_records(reproduced):
+    folder, _ = reproduced
+    results = folder / "results" / "smoke"
+    carriers = [*results.rglob("*.png"), *results.rglob("*.svg"), *results.rglob("*.html")]
+    assert len(carriers) == 2 * 14 + len(PAGES) + 1
+    for carrier in carriers:
+        found = read(carrier)
+        records = [r for run in found["runs"] for r in run["records"]]
+        assert records and found["command"] and all((folder / f).is_file() for f in found["parameters"])
+        for named in records:
+            record = json.loads((folder / named["path"]).read_text())
+            assert record["identity"] == named["identity"], carrier
+            assert record["lock_sha256"] and record["command"] and record["data_checksum"]
+    folded = read(results / "figures" / "pruned.png")["runs"][0]["records"]
+    assert [r["stage"] for r in (folded[0], *folded[-2:])] == [
+        "pretrain/base",
+        "fig4/a0-lr0.1",
+        "pruned/folded",
+    ]
+    assert "stages_of" not in (results / "report.html").read_text().partition("<main>")[0]
 
 
 def test_executed_notebooks_hold_the_parameters_given(reproduced):

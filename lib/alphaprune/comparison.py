@@ -35,6 +35,7 @@ from alphaprune.fold import fold
 from alphaprune.interrupt import ending_with_a_line
 from alphaprune.measure import multiply_adds, parameters
 from alphaprune.parallel import ParallelModel
+from alphaprune.provenance import merged
 from alphaprune.records import DamagedRecord, FinalRecord, read_record
 from alphaprune.settings import Name, Positive, check_names, load_settings, project_root
 from alphaprune.storage import write_bytes, write_json
@@ -200,8 +201,8 @@ def compare(
                 f"[{n}/{len(running)}] {first['method']}, keep_ratio {first['keep_ratio']:g}: {scores} % validation"
             )
             table = pd.DataFrame([r for j in sorted(rows) for r in rows[j]], columns=COLUMNS)
-            merged = _merged(_earlier(target), table, plan).to_csv(index=False, float_format="%.6g")
-            write_bytes(target, merged.encode())
+            whole = _merged(_earlier(target), table, plan)
+            write_bytes(target, whole.to_csv(index=False, float_format="%.6g").encode())
     return table
 
 
@@ -364,6 +365,22 @@ def curves(name: str, preset: str, table: pd.DataFrame, root: Path | None = None
         found["images"] = (found["start"] + found["step"]) * of.settings.batch_size
         parts.append(found)
     return pd.concat(parts, ignore_index=True)
+
+
+def provenance(name: str, preset: str, table: pd.DataFrame, root: Path | None = None) -> dict[str, Any]:
+    """What figures of a table that `compare` gave were made from, in the form of `alphaprune.provenance`."""
+    root = root or project_root()
+    plan = load_comparison(name, root)
+    rows = table[["method", "lr", "keep_ratio", "seed"]].drop_duplicates()
+    several = table["images"].nunique() > 1
+    of = [
+        experiment(name, preset, r.method, float(r.lr), float(r.keep_ratio), int(r.seed), budget, root)
+        for r in rows.itertuples()
+        for budget in ((1.0, *plan.budgets) if several else (1.0,))
+    ]
+    found = merged(e.provenance() for e in of)
+    command = f"python -m alphaprune.comparison {name} {preset}{' --budgets' if several else ''}"
+    return found | {"command": [command], "parameters": sorted([f"params/{name}.yaml", *found["parameters"]])}
 
 
 def _search(method: _Method) -> tuple[float, str]:

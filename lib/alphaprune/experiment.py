@@ -13,6 +13,7 @@ import copy
 import hashlib
 import json
 import os
+import shlex
 import shutil
 import sys
 import time
@@ -24,6 +25,7 @@ from typing import Any
 
 import pandas as pd
 import torch
+import yaml
 from torch import nn
 from torch.optim.swa_utils import update_bn
 
@@ -38,7 +40,7 @@ from alphaprune.models import NETWORKS
 from alphaprune.narrowing import from_scratch, torch_pruning
 from alphaprune.parallel import BRANCHES_VERSION, ParallelModel
 from alphaprune.progress import Progress
-from alphaprune.provenance import provenance
+from alphaprune.provenance import of_records, provenance
 from alphaprune.records import (
     COLUMNS,
     DamagedRecord,
@@ -56,6 +58,7 @@ from alphaprune.settings import (
     check_names,
     given_parameters,
     load_settings,
+    parameter_files,
     project_root,
 )
 from alphaprune.skips import SkipModel
@@ -79,6 +82,7 @@ SENSITIVITY_IMAGES = 1000  # at most
 STATISTICS_BATCH = 250  # images, for BatchNorm
 SHARE_IMAGES = 500  # at most, for `wide_share`
 SCRATCH, BASE = "scratch", "base"
+OF_ONE_EXPERIMENT = ("stages", "title", "folds", "publish")  # settings that hold for no other
 
 
 @dataclass(frozen=True)
@@ -163,7 +167,7 @@ class Experiment:
                 f"stage '{name}' starts from itself: {' <- '.join((*path[path.index(name) :], name))}"
             )
         if experiment not in self._all:
-            shared = {k: v for k, v in self.given.items() if k not in ("stages", "title", "folds", "publish")}
+            shared = {k: v for k, v in self.given.items() if k not in OF_ONE_EXPERIMENT}
             self._all[experiment] = load_settings(self.settings.preset, experiment, self.root, **shared)
         settings = self._all[experiment]
         found = [s for s in settings.stages if s.name == stage]
@@ -380,6 +384,24 @@ class Experiment:
         changed = {k: v for k, v in self.settings if v != getattr(files, k)}
         short = ",".join(f"{k}={v}" if isinstance(v, int | float) else k for k, v in sorted(changed.items()))
         return f"{self.settings.experiment},{short}" if short else self.settings.experiment
+
+    @property
+    def changed(self) -> dict[str, Any]:
+        """The settings given that differ from the experiment's files, by name, as they were given."""
+        names = self.settings.preset, self.settings.experiment, self.root
+        files = load_settings(*names)
+        same = {k for k, v in self.settings if v == getattr(files, k)}
+        # A notebook that was run from the experiment's file is given what stands in it.
+        if f"params/{self.given.get('stages_of')}/{self.settings.experiment}.yaml" in parameter_files(*names):
+            same.add("stages_of")
+        return {k: v for k, v in sorted(self.given.items()) if k not in same}
+
+    @property
+    def command(self) -> str:
+        """The command that makes the experiment's records."""
+        file = f"params/{self.settings.preset}/{self.settings.experiment}.yaml"
+        given = [("--set", shlex.quote(f"{name}={in_yaml(value)}")) for name, value in self.changed.items()]
+        return " ".join(["python -m alphaprune.experiment", file, *(word for pair in given for word in pair)])
 
     def stage_table(self) -> pd.DataFrame:
         """The stages as they stand in the file, and why each would run."""
@@ -637,8 +659,29 @@ class Experiment:
             "outcome": summary,
             "weights_sha256": digest,
             "data_checksum": self._checksum,
-            **provenance(self.root),
+            **provenance(self.root, self.command),
         }
+
+    def provenance(self) -> dict[str, Any]:
+        """What figures of the experiment were made from, in the form of `alphaprune.provenance`: its recorded stages, all they
+        come from, and the record of the pretrained weights."""
+        nodes: dict[str, _Node] = {}
+
+        def add(node: _Node | str) -> None:
+            if isinstance(node, _Node) and node.name not in nodes:
+                add(node.parent)  # parents first
+                nodes[node.name] = node
+
+        for stage in self.stages:
+            add(stage)
+        pretrained = (self.root / self.settings.base).with_name("run.json")
+        records = [pretrained] if pretrained.is_file() else []
+        records += [self.folder(n) / "run.json" for n in nodes.values() if self.why(n) is None]
+        experiments = dict.fromkeys(
+            [self.settings.experiment, *(n.settings.experiment for n in nodes.values())]
+        )
+        files = [f for e in experiments for f in parameter_files(self.settings.preset, e, self.root)]
+        return of_records(self.root, records, self.command, files)
 
     def record(self, name: str) -> dict[str, Any] | None:
         """The record of a stage, or None if it has not run."""
@@ -754,6 +797,16 @@ def _of_file(file: Path, given: dict[str, Any]) -> Experiment:
     if path.parent.parent.name != "params":
         raise UsageError(f"{file} is no experiment file; those lie in params/<preset>/")
     return Experiment(path.parent.name, path.stem, root=path.parents[2], **given)
+
+
+def in_yaml(value: Any) -> str:
+    """A setting as it is written on a command line, on one line.
+
+    >>> in_yaml(1e-5), in_yaml([{"alpha": 0.5}])
+    ('1.0e-05', '[{alpha: 0.5}]')
+    """
+    text = yaml.safe_dump(value, default_flow_style=True, width=float("inf"), sort_keys=False)
+    return text.removesuffix("...\n").strip()
 
 
 def main(arguments: list[str] | None = None) -> None:

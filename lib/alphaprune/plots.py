@@ -8,8 +8,10 @@ from __future__ import annotations
 import base64
 import html
 import io
+import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import pandas as pd
@@ -201,15 +203,26 @@ class Picture:
         return f'<img alt="{html.escape(self.description)}" style="max-width: 100%" src="data:image/png;base64,{content}">'
 
 
-def save(figure: Figure, path: Path, description: str) -> Picture:
-    """Write `<path>.png` and `<path>.svg` with the description inside, and the description as `<path>.txt`.
+def save(figure: Figure, path: Path, description: str, sources: Any) -> Picture:
+    """Write `<path>.png` and `<path>.svg` with description and sources inside, and the description as `<path>.txt`.
+
+    Args:
+        figure: to be saved.
+        path: of the files, without ending.
+        description: what the figure shows, for those who do not see it.
+        sources: what it was made from, any value for JSON; `python -m alphaprune.provenance` reads what
+            `Experiment.provenance` and its like give. Without a time of day, so that the same figure gives the same file.
 
     Returns:
         The picture, for a notebook to show.
     """
+    inside = {
+        "Description": description,
+        "Source": json.dumps(sources, sort_keys=True, separators=(",", ":"), allow_nan=False),
+    }
     for ending, metadata in (
-        ("png", {"Description": description}),
-        ("svg", {"Description": description, "Date": None}),
+        ("png", inside),
+        ("svg", {**inside, "Date": None}),
     ):
         content = io.BytesIO()
         with matplotlib.rc_context(STYLE):

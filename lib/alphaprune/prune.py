@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,11 +13,12 @@ import torch
 
 from alphaprune import data as images
 from alphaprune.errors import UsageError
-from alphaprune.experiment import Experiment
+from alphaprune.experiment import OF_ONE_EXPERIMENT, Experiment, in_yaml
 from alphaprune.fold import Certificate, fold
 from alphaprune.measure import multiply_adds, parameters
-from alphaprune.provenance import provenance
+from alphaprune.provenance import merged, of_records, provenance
 from alphaprune.records import DamagedRecord, FoldRecord, read_record
+from alphaprune.settings import parameter_files
 from alphaprune.skips import SkipModel, remove_skips
 from alphaprune.storage import save_tensors, write_json
 from alphaprune.train import evaluate
@@ -105,10 +107,35 @@ def _prune(experiment: Experiment) -> Pruned:
         "test_images": len(test),
         "certificate": asdict(certificate),
         "weights_sha256": digest,
-        **provenance(experiment.root),
+        "data_checksum": images.checksum(s.data),
+        **provenance(experiment.root, _command(experiment)),
     }
     write_json(folder / "run.json", record)
     return Pruned(str(small), certificate, pd.DataFrame(rows, columns=COLUMNS))
+
+
+def pruned_provenance(experiment: Experiment) -> dict[str, Any]:
+    """What figures of `prune`'s table were made from: the folded network's record, that of the stage it was folded from, and
+    all that this comes from."""
+    s, of = experiment.settings, experiment
+    folded_from, _, _ = experiment.to_fold().rpartition("/")
+    if folded_from not in ("", s.experiment):
+        shared = {k: v for k, v in experiment.given.items() if k not in OF_ONE_EXPERIMENT}
+        of = Experiment(s.preset, folded_from, experiment.root, **shared)
+    record = _folder(experiment) / "run.json"
+    own = of_records(
+        experiment.root,
+        [record] if record.is_file() else [],
+        _command(experiment),
+        parameter_files(s.preset, s.experiment, experiment.root),
+    )
+    return merged([of.provenance(), own])
+
+
+def _command(experiment: Experiment) -> str:
+    s = experiment.settings
+    given = "".join(f" -p {name} {shlex.quote(in_yaml(v))}" for name, v in experiment.changed.items())
+    return f"papermill notebooks/03_fold_and_verify.ipynb out.ipynb -f params/{s.preset}/{s.experiment}.yaml{given}"
 
 
 def _folder(experiment: Experiment) -> Path:

@@ -8,7 +8,8 @@ from typing import Any
 import pandas as pd
 
 from alphaprune.experiment import Experiment
-from alphaprune.prune import load_pruned
+from alphaprune.provenance import merged
+from alphaprune.prune import load_pruned, pruned_provenance
 from alphaprune.settings import project_root
 
 TRAINED = ("week_before", "earlier_run", "fig1", "section21", "fig2", "fig3", "fig4")
@@ -42,6 +43,11 @@ class Results:
             return 100 * self.pruned.table.set_index("network").at[stage, "test_accuracy"]
         record = self.experiments[experiment].record(stage)
         return None if record is None else 100 * record["metrics"]["val_accuracy"]
+
+    def provenance(self) -> dict[str, Any]:
+        """What figures and tables of all the experiments were made from, in the form of `alphaprune.provenance`."""
+        trained = [self.experiments[name].provenance() for name in TRAINED]
+        return merged([*trained, *([pruned_provenance(self.experiments[PRUNED])] if self.pruned else [])])
 
     def summaries(self) -> pd.DataFrame:
         """Every recorded stage of every experiment, one a row, with the column `experiment`."""

@@ -315,6 +315,14 @@ def load_settings(preset: str, experiment: str, root: Path | None = None, **give
     return _validate(Settings, merged, own_file, origin=origin)
 
 
+def parameter_files(preset: str, experiment: str, root: Path) -> list[str]:
+    """The files that `load_settings` reads for an experiment, from the project's folder."""
+    own = f"params/{preset}/{experiment}.yaml"
+    other = _read_yaml(root / own).get("stages_of")
+    shared = [f"params/{other}/{experiment}.yaml"] if other else []
+    return [f"params/{preset}/preset.yaml", own, *shared]
+
+
 def _what_to_do(file: Path) -> dict[str, Any]:
     """Title, stages and fold of another preset's experiment, for a preset that trains the same at another scale."""
     if not file.is_file():
