@@ -92,10 +92,13 @@ data: | $(READY)
 $(CIFAR10): | $(READY)
 	@$(BIN)/python -m alphaprune.data
 
+# A first hash is as old as its input: what was made before there were hashes is not made again for them.
+hash = @mkdir -p $(@D); cat $(1) | sha256sum | cmp -s - $@ || { [ -e $@ ] || old=1; cat $(1) | sha256sum > $@; \
+  [ -z "$$old" ] || touch -r "$$(ls -t $(1) | head -1)" $@; }
 $(LIBRARY): FORCE
-	@mkdir -p $(@D); cat lib/alphaprune/*.py | sha256sum | cmp -s - $@ || cat lib/alphaprune/*.py | sha256sum > $@
+	$(call hash,$(wildcard lib/alphaprune/*.py))
 $(H)/%: % FORCE
-	@mkdir -p $(@D); sha256sum < $< | cmp -s - $@ || sha256sum < $< > $@
+	$(call hash,$<)
 
 # ---- experiments: a notebook each, with the right parents
 

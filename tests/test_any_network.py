@@ -544,7 +544,7 @@ def unused(self, x):
         ),
         (
             lambda self, x: self.b(self.a(x)[:, [1, 0, 3, 2, 5, 4, 7, 6]]),
-            r"picks channels by a list.*exclude=\['a'\]",
+            r"picks numbers by a list or a tensor.*exclude=\['a'\]",
         ),
         (lambda self, x: self.b(self.a(x)) / self.a.in_channels**0.5 * self.b.in_channels, None),
     ],

@@ -56,12 +56,12 @@ def test_controls(trimmed):
     longer = pd.read_csv(results / "controls_budgets.csv")
     # The report's recipe has six stages of an epoch at least: half of its six epochs are six again.
     assert len(longer) == 3 * 2 + 1 and longer["images"].nunique() == 2
-    for figure, budgets in (("controls", ""), ("budgets", " --budgets")):
+    for figure, budgets, rows in (("controls", "", table), ("budgets", " --budgets", longer)):
         found = read(results / "figures" / f"{figure}.svg")
         assert found["command"] == [f"python -m alphaprune.comparison controls smoke{budgets}"]
         assert "params/controls.yaml" in found["parameters"]
         records = [r for run in found["runs"] for r in run["records"]]
-        assert len(records) > len(table) and all((trimmed / r["path"]).is_file() for r in records)
+        assert len(records) > len(rows) and all((trimmed / r["path"]).is_file() for r in records)
     page = (results / "html" / "controls.html").read_text()
     assert "ours_ahead" in page and "DECORE-50" in page
 

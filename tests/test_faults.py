@@ -191,7 +191,6 @@ def test_a_notebook_passes_the_signal_on_and_nothing_half_made_is_left(project):
     out = project / "results/smoke/notebooks/fig4.ipynb"
     notebook, file = ROOT / "notebooks/02_alpha_decay.ipynb", project / "params/smoke/fig4.yaml"
     line = [sys.executable, str(ROOT / "notebooks/execute.py"), str(notebook), str(out), "-f", str(file)]
-    file.write_text(file.read_text() + "preset: smoke\nexperiment: fig4\n")
     run = subprocess.Popen(line, cwd=project, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     for said in run.stdout:
         if "epoch 1/3" in said:
