@@ -73,13 +73,14 @@ help:
 
 # ---- environment and data
 
+# Compiled once: where Python may not write what it compiles, each of some forty processes would do it again, ten seconds each.
 environment: $(READY)
 $(READY): requirements.lock pyproject.toml
 	@echo "Making $(VENV) from requirements.lock"
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "alphaprune: $(PYTHON) is too old; Python 3.11 or newer is needed (make PYTHON=python3.12)" >&2; exit 2; }
 	@$(PYTHON) -m venv --clear $(VENV) || { echo "alphaprune: $(PYTHON) has no venv module; install it (Debian: python3-venv)" >&2; exit 2; }
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
-	@$(BIN)/uv pip install --quiet --python $(BIN)/python --require-hashes -r requirements.lock
+	@$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --require-hashes -r requirements.lock
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
 	@touch $@
 

@@ -1,5 +1,10 @@
 """Controls: every method the same images, its own learning rate, nothing run twice."""
 
+import signal
+import subprocess
+import sys
+import time
+
 import pandas as pd
 import pytest
 import yaml
@@ -62,6 +67,20 @@ def test_the_table_is_written_equal_images_and_nothing_trains_twice(prepared):
     assert times == [f.stat().st_mtime_ns for f in folders]
     rows = summary(table)
     assert (rows["seeds"] == 2).all() and rows["val_mean"].is_monotonic_decreasing
+
+
+def test_stopped_it_saves_and_begins_nothing_that_waits(prepared):
+    line = [sys.executable, "-m", "alphaprune.comparison", "controls", "smoke", "--seed", "0"]
+    run = subprocess.Popen(line, cwd=prepared, stderr=subprocess.PIPE, text=True)
+    stages = prepared / "results" / "smoke" / "stages" / "controls"
+    while run.poll() is None and not list(stages.glob("*/resume.*")):  # until one is under way
+        time.sleep(0.05)
+    before = len(list(stages.glob("*/run.json")))
+    run.send_signal(signal.SIGTERM)
+    _, errors = run.communicate()
+    assert run.returncode == 128 + signal.SIGTERM, errors
+    assert "the same command goes on from there" in errors
+    assert len(list(stages.glob("*/run.json"))) <= before + 1  # of some twenty
 
 
 def test_further_ratios_take_the_rate_that_was_found_at_the_first(prepared):

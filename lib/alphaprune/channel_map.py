@@ -40,16 +40,18 @@ class ChannelMap(nn.Module):
             nn.Linear(inputs // groups, outputs, bias=False, **factory).weight.detach()
         )
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        """`scale` times the map of x; the weight is scaled, which costs nothing beside x."""
+        weight = self.weight if scale == 1 else scale * self.weight
         if self.dim == 1 and self.outer == self.inner == 1:
-            weight = self.weight.view(*self.weight.shape, *(1,) * (x.dim() - 2))
+            weight = weight.view(*weight.shape, *(1,) * (x.dim() - 2))
             return _CONVOLUTIONS[x.dim()](x, weight, groups=self.groups)
         if self.outer == self.inner == 1:
-            return F.linear(x, self.weight)
+            return F.linear(x, weight)
         entries = x.unflatten(self.dim, (self.outer, -1, self.inner))
         if self.dim == 1:
-            return torch.einsum("oc,nacb...->naob...", self.weight, entries).flatten(1, 3)
-        return torch.einsum("oc,...acb->...aob", self.weight, entries).flatten(-3)
+            return torch.einsum("oc,nacb...->naob...", weight, entries).flatten(1, 3)
+        return torch.einsum("oc,...acb->...aob", weight, entries).flatten(-3)
 
 
 def compose(
@@ -71,18 +73,23 @@ def compose(
         The same with k_out for O and k_in for C, which stay where R and E are left out; contiguous where W is, since a
         convolution hands the order of its weight on to its output, which forward() may take a view of.
     """
+    if reduce is None and expand is None:
+        return weight
     contiguous = weight.is_contiguous()
     with torch.autocast(weight.device.type, enabled=False):  # products of weights are worth full precision
         if transposed:
             weight = _swap(weight, groups)
-        if expand is not None:
-            if expand.outer == expand.inner == 1:
-                weight = _blocks("oc...,ck->ok...", weight, expand.weight, groups)
-            else:
-                entries = weight.unflatten(1, (expand.outer, -1, expand.inner))
-                weight = torch.einsum("oacb...,ck->oakb...", entries, expand.weight).flatten(1, 3)
+        if expand is not None and (expand.outer > 1 or expand.inner > 1):  # such as behind a flatten
+            entries = weight.unflatten(1, (expand.outer, -1, expand.inner))
+            weight = torch.einsum("oacb...,ck->oakb...", entries, expand.weight).flatten(1, 3)
+            expand = None
+        # The columns last: where W is channels_last, what follows are two products of matrices as they lie in memory.
+        weight = weight.movedim(1, -1).unflatten(0, (groups, -1))  # (groups, O / groups, ..., C / groups)
         if reduce is not None:
-            weight = _blocks("ro,o...->r...", reduce.weight, weight, groups)
+            weight = _times(_blocks(reduce, groups), weight.flatten(2)).unflatten(2, weight.shape[2:])
+        if expand is not None:
+            weight = _times(weight.flatten(1, -2), _blocks(expand, groups)).unflatten(1, weight.shape[1:-1])
+        weight = weight.flatten(0, 1).movedim(-1, 1)  # (k_out, k_in / groups, ...)
         weight = _swap(weight, groups) if transposed else weight
         return weight.clone(memory_format=torch.contiguous_format) if contiguous else weight
 
@@ -91,18 +98,17 @@ def compose_bias(bias: Tensor | None, reduce: ChannelMap | None) -> Tensor | Non
     """R b, (O) -> (k_out)."""
     if bias is None or reduce is None:
         return bias
-    return _blocks("ro,o->r", reduce.weight, bias, reduce.groups)
+    return torch.bmm(_blocks(reduce, reduce.groups), bias.view(reduce.groups, -1, 1)).flatten()
 
 
-def _blocks(formula: str, a: Tensor, b: Tensor, groups: int) -> Tensor:
-    """einsum of two weights whose first dimension is divided into groups, a group at a time."""
-    if groups == 1:
-        return torch.einsum(formula, a, b)
-    left, right = formula.split("->")
-    left = ",".join(f"g{term}" for term in left.split(","))
-    return torch.einsum(
-        f"{left}->g{right}", a.unflatten(0, (groups, -1)), b.unflatten(0, (groups, -1))
-    ).flatten(0, 1)
+def _blocks(branch: ChannelMap, groups: int) -> Tensor:
+    """(outputs, inputs / groups) -> (groups, outputs / groups, inputs / groups)."""
+    return branch.weight.unflatten(0, (groups, -1))
+
+
+def _times(a: Tensor, b: Tensor) -> Tensor:
+    """(groups, m, n) and (groups, n, p) -> (groups, m, p); for one group without the overhead of a batch."""
+    return torch.mm(a[0], b[0])[None] if len(a) == 1 else torch.bmm(a, b)
 
 
 def _swap(weight: Tensor, groups: int) -> Tensor:

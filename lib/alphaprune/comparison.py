@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
+import os
 import signal
 import sys
 import warnings
@@ -32,7 +33,7 @@ from alphaprune import yaml_text
 from alphaprune.errors import UsageError, shown
 from alphaprune.experiment import Experiment
 from alphaprune.fold import fold
-from alphaprune.interrupt import ending_with_a_line
+from alphaprune.interrupt import Interrupted, ending_with_a_line
 from alphaprune.measure import multiply_adds, parameters
 from alphaprune.parallel import ParallelModel
 from alphaprune.provenance import merged
@@ -184,14 +185,15 @@ def compare(
     _earlier(target)
     rows: dict[int, list[dict[str, Any]]] = {}
     with _workers(jobs) as pool:
-        searching = {pool.submit(_search, method): method for method in chosen}
+        searching = {pool.submit(_until_stopped, _search, method): method for method in chosen}
         running: dict[Future, int] = {}
         for n, done in enumerate(as_completed(searching), 1):
             method, (lr, searched) = searching[done], done.result()
             say(f"[rate {n}/{len(chosen)}] {method.method}: {lr:g}, the best of {searched}")
             for i, ratio in enumerate(ratios):
                 place = i * len(chosen) + chosen.index(method)
-                running[pool.submit(_run, method, lr, searched, ratio, seeds, sizes)] = place
+                task = pool.submit(_until_stopped, _run, method, lr, searched, ratio, seeds, sizes)
+                running[task] = place
         for n, done in enumerate(as_completed(running), 1):
             i = running[done]
             rows[i] = done.result()
@@ -223,6 +225,14 @@ def _workers(jobs: int) -> Iterator[ProcessPoolExecutor]:
 def _leave_to_parent() -> None:
     """Ctrl-C reaches all processes of a terminal; the one that has the others tells them."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _until_stopped(task: Callable[..., Any], *arguments: Any) -> Any:
+    """Do a task in a worker. Where it is stopped its process ends, since the pool would hand it the next task."""
+    try:
+        return task(*arguments)
+    except Interrupted as e:
+        os._exit(e.exit_code)
 
 
 def _earlier(target: Path) -> pd.DataFrame:

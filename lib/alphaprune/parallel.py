@@ -36,8 +36,8 @@ from alphaprune.selection import select
 from alphaprune.trace import as_inputs, check_network, layers_in_place, trace
 from alphaprune.widths import KeepRatio, call, choose, for_target, is_narrow
 
-# Part of the identity of every stage with branches. Raise it when their names or their start change.
-BRANCHES_VERSION = 2
+# Part of the identity of every stage with branches. Raise it when their names, their start or the order of their sums change.
+BRANCHES_VERSION = 3
 WIDE, NARROW = "wide", "narrow"
 BATCHNORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 INITIAL_BATCH = 100  # images at once while the branches are fitted
@@ -371,7 +371,12 @@ class ParallelModel(nn.Module):
         elif a == 0:
             x = expand(narrow[source])
         else:
-            x = torch.lerp(expand(narrow[source]), wide[source], a)  # E(n) + a * (w - E(n))
+            x = expand(narrow[source], 1 - a)
+            if (
+                x.stride() != wide[source].stride()
+            ):  # W's output has the memory order of x, and forward() may take a view of it
+                x = torch.empty_like(wide[source]).copy_(x)
+            x = x.add_(wide[source], alpha=a)
         weight = compose(
             weight, reduce if merge_reduce else None, expand if merge_expand else None, m.groups, m.transposed
         )

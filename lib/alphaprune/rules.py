@@ -15,13 +15,13 @@ To cover an operation, add it to its table. What no table holds is an error that
 
 from __future__ import annotations
 
+import inspect
 import operator
 from enum import Enum, auto
 
 import torch
 from torch import fx, nn
 from torch.nn import functional as F
-from torchvision.ops import StochasticDepth, stochastic_depth
 
 
 class Rule(Enum):
@@ -124,8 +124,7 @@ FUNCTIONS: dict[Rule, set[object]] = {
     | _of(torch, _ARITHMETIC)
     | _of(operator, ["add", "sub", "mul", "truediv", "neg", "pow", "iadd", "isub", "imul", "itruediv", "abs"])
     | _of(F, _DROPOUTS)
-    | _of(torch, _DROPOUTS)
-    | {stochastic_depth},
+    | _of(torch, _DROPOUTS),
     Rule.SPATIAL: _of(F, _POOLS)
     | _of(torch, _POOLS)
     | _of(F, ["interpolate", "pad", "upsample", "lp_pool1d", "lp_pool2d"]),
@@ -168,7 +167,6 @@ _MODULE_NAMES = {
 MODULES: dict[Rule, tuple[type, ...]] = {
     rule: tuple(getattr(nn, n) for n in names.split()) for rule, names in _MODULE_NAMES.items()
 }
-MODULES[Rule.ELEMENTWISE] += (StochasticDepth,)
 
 # Both programs would draw numbers of their own.
 DRAWING = _of(torch, ["rand_like", "randn_like", "randint_like", "bernoulli", "normal", "multinomial"])
@@ -183,8 +181,19 @@ OUT_OF_PLACE = {
 } | {f"{n}_": n for n in (*_ACTIVATIONS, *_ARITHMETIC)}
 
 
+def is_stochastic_depth(target: object) -> bool:
+    """Whether a function or a layer is torchvision's stochastic depth.
+
+    Known by where it is defined: importing torchvision takes longer than importing torch, and who has such a layer has done it.
+    """
+    kinds = [target] if inspect.isfunction(target) else type(target).__mro__
+    return any(kind.__module__ == "torchvision.ops.stochastic_depth" for kind in kinds)
+
+
 def rule_of(node: fx.Node, module: nn.Module | None) -> Rule | None:
     """The rule that covers a node, None if there is none. `module` is the layer it calls, if it calls one."""
+    if is_stochastic_depth(module if node.op == "call_module" else node.target):
+        return Rule.ELEMENTWISE
     if node.op == "call_module":
         return next((rule for rule, types in MODULES.items() if isinstance(module, types)), None)
     table = {"call_function": FUNCTIONS, "call_method": METHODS}.get(node.op, {})

@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torchvision.ops import stochastic_depth
+
+from alphaprune.rules import is_stochastic_depth
 
 # Names the file uses itself.
 _TAKEN = {
@@ -160,7 +161,7 @@ def _graph(network: nn.Module, calls: dict[nn.Module, str]) -> fx.Graph:
         raise Unwritable(f"it cannot be traced ({' '.join(str(e).split())[:160]})") from None
     for node in reversed(graph.nodes):
         node.type = None  # annotations would need the imports of the original file
-        if node.target is stochastic_depth:  # which does nothing in eval mode
+        if is_stochastic_depth(node.target):  # which does nothing in eval mode
             node.replace_all_uses_with(node.args[0] if node.args else node.kwargs["input"])
         if not node.users and node.op not in ("placeholder", "output"):
             graph.erase_node(node)

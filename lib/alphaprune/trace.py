@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map
-from torchvision.ops import StochasticDepth
 
 from alphaprune.errors import UsageError
 from alphaprune.modes import in_eval_mode
+from alphaprune.rules import is_stochastic_depth
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -65,7 +65,7 @@ class _Tracer(fx.Tracer):
             base = next(c for c in MIXING_LAYERS if isinstance(m, c))
             same = type(m).forward is base.forward
             return same and getattr(type(m), "_conv_forward", None) is getattr(base, "_conv_forward", None)
-        return isinstance(m, (*NORMS, StochasticDepth)) or super().is_leaf_module(m, name)
+        return isinstance(m, NORMS) or is_stochastic_depth(m) or super().is_leaf_module(m, name)
 
 
 def as_inputs(example: Any) -> tuple[Any, ...]:

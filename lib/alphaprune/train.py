@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
 
+from alphaprune.allocator import keep_freed_memory
 from alphaprune.data import Split, batches
 from alphaprune.errors import UsageError
 from alphaprune.interrupt import SafePoints
@@ -129,6 +130,7 @@ def fit(
         UsageError: if a label is none of the classes that the network tells apart, or the images do not fit it.
     """
     _check_labels(model, train, val)
+    keep_freed_memory()
     accelerator = accelerator_for_this_machine()
     model.to(accelerator.device, memory_format=torch.channels_last)
     train, val = train.to(accelerator.device), val.to(accelerator.device)
