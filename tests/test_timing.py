@@ -1,6 +1,7 @@
 """Timing in turns: what is compared with what, and when it is believed."""
 
 import time
+from collections import namedtuple
 
 import pytest
 import torch
@@ -10,11 +11,18 @@ from alphaprune.timing import alternate
 
 
 class Clock:
-    """Stands in for the machine's clock: time passes only where a function says so."""
+    """Stands in for the machine's clock: time passes only where a function says so, and other processes have their share."""
 
-    def __init__(self, monkeypatch):
+    def __init__(self, monkeypatch, others=0.0):
         self.now = 0.0
+        times = namedtuple("times", ["user", "idle"])
         monkeypatch.setattr("alphaprune.timing.benchmark.timer", lambda: self.now)
+        monkeypatch.setattr("alphaprune.timing.time.monotonic", lambda: self.now)
+        monkeypatch.setattr("alphaprune.timing.time.process_time", lambda: self.now)
+        monkeypatch.setattr(
+            "alphaprune.timing.psutil.cpu_times",
+            lambda: times((1 + others) * self.now, (1 - others) * self.now),
+        )
 
     def takes(self, *seconds):
         turns = iter(range(10**9))
@@ -51,6 +59,14 @@ def test_a_spread_above_15_percent_is_not_trusted(monkeypatch):
     table = alternate({"quiet": clock.takes(1.0, 1.1), "busy": clock.takes(1.0, 1.4)}, seconds=40)
     assert table["trusted"].tolist() == [True, False]
     assert table.at["busy", "spread"] == pytest.approx(0.4 / 1.2)
+
+
+def test_nor_is_what_another_process_computed_beside(monkeypatch):
+    alone, beside = (
+        alternate({"f": Clock(monkeypatch, others).takes(1.0)}, seconds=10) for others in (0.1, 0.9)
+    )
+    assert alone.at["f", "others"] == pytest.approx(0.1) and alone.at["f", "trusted"]
+    assert beside.at["f", "others"] == pytest.approx(0.9) and not beside.at["f", "trusted"]
 
 
 def test_what_is_short_is_timed_in_blocks(monkeypatch):
