@@ -16,7 +16,7 @@ class Clock:
     def __init__(self, monkeypatch, others=0.0):
         self.now = 0.0
         times = namedtuple("times", ["user", "idle"])
-        monkeypatch.setattr("alphaprune.timing.benchmark.timer", lambda: self.now)
+        monkeypatch.setattr("alphaprune.timing.clock", lambda: self.now)
         monkeypatch.setattr("alphaprune.timing.time.monotonic", lambda: self.now)
         monkeypatch.setattr("alphaprune.timing.time.process_time", lambda: self.now)
         monkeypatch.setattr(

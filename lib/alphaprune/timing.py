@@ -18,7 +18,6 @@ import numpy as np
 import pandas as pd
 import psutil
 import torch
-from torch.utils import benchmark
 
 from alphaprune.errors import UsageError
 
@@ -35,8 +34,8 @@ def alternate(
     """Time functions in turns, one block of each in a round, until the time is up.
 
     Each is called once for a start that does not count. What takes less than 20 ms is repeated in its turn until that is reached, behind
-    one call that does not count and brings its data back into the caches; its time is the mean over that block. Clock and wait for the GPU
-    are those of `torch.utils.benchmark`, whose own loop times one function after another and not in turns.
+    one call that does not count and brings its data back into the caches; its time is the mean over that block. `torch.utils.benchmark`
+    measures so too, with the same clock, but one function after another and not in turns.
 
     Args:
         alternatives: by name what to call, without arguments. The first is what the others are compared with.
@@ -61,13 +60,13 @@ def alternate(
         raise UsageError("there is nothing to time; give functions by name")
     if not seconds > 0 or (threads is not None and threads < 1):
         raise UsageError(f"seconds is {seconds} and threads {threads}; give positive numbers")
-    timers = {name: timeit.Timer(f, timer=benchmark.timer) for name, f in alternatives.items()}
+    timers = {name: timeit.Timer(f, timer=clock) for name, f in alternatives.items()}
     times: dict[str, list[float]] = {name: [] for name in timers}
     first = times[next(iter(times))]
     with torch_threads(threads):
         calls = {name: _calls_in_a_block(t) for name, t in timers.items()}
-        before, started = _busy(), benchmark.timer()
-        while len(first) < ROUNDS or benchmark.timer() - started < seconds:
+        before, started = _busy(), clock()
+        while len(first) < ROUNDS or clock() - started < seconds:
             for name, t in timers.items():
                 if calls[name] > 1:
                     t.timeit(1)
@@ -77,6 +76,13 @@ def alternate(
         table["trusted"] = (table["spread"] <= TRUSTED_SPREAD) & (table["others"] <= TRUSTED_OTHERS)
         table["threads"] = torch.get_num_threads()
     return table.set_index(pd.Index(times, name="alternative"))[COLUMNS]
+
+
+def clock() -> float:
+    """Seconds, once a GPU is done with what it was given."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 @contextmanager
