@@ -33,9 +33,8 @@ def alternate(
 ) -> pd.DataFrame:
     """Time functions in turns, one block of each in a round, until the time is up.
 
-    Each is called once for a start that does not count. What takes less than 20 ms is repeated in its turn until that is reached, behind
-    one call that does not count and brings its data back into the caches; its time is the mean over that block. `torch.utils.benchmark`
-    measures so too, with the same clock, but one function after another and not in turns.
+    Whoever's turn it is is called once without being timed, then timed: once, or as often as it takes to fill 20 ms, of which
+    the mean counts. `torch.utils.benchmark` measures so too, with the same clock, but one function after another and not in turns.
 
     Args:
         alternatives: by name what to call, without arguments. The first is what the others are compared with.
@@ -68,8 +67,7 @@ def alternate(
         before, started = _busy(), clock()
         while len(first) < ROUNDS or clock() - started < seconds:
             for name, t in timers.items():
-                if calls[name] > 1:
-                    t.timeit(1)
+                t.timeit(1)  # its numbers come back into the caches; threads of the one before go to sleep
                 times[name].append(t.timeit(calls[name]) / calls[name])
         table = pd.DataFrame([_row(own, first) for own in times.values()])
         table["others"] = _others(before, _busy())
