@@ -38,7 +38,7 @@ ifeq ($(filter $(PRESET),$(PRESETS)),)
 $(error preset '$(PRESET)' is unknown; there are: $(PRESETS))
 endif
 
-.PHONY: verify audit skips own-network coverage cliff controls unfinished why test-faults FORCE
+.PHONY: verify audit skips own-network coverage cliff controls unfinished time-and-memory how-cost-grows why test-faults FORCE
 .PHONY: reproduce-figures figures html pretrain experiments data lab test environment lock clean help $(EXPERIMENTS) pruned
 
 reproduce-figures: $(R)/report.html $(PAGES)
@@ -60,6 +60,8 @@ help:
 	@echo "make cliff               why accuracy falls at alpha 0, and ways around it, with the same images"
 	@echo "make controls            against Torch-Pruning, training from scratch and the report's recipe"
 	@echo "make unfinished          what frees the models that Figures 1 to 3 left unfinished"
+	@echo "make time-and-memory     original and pruned networks: latency, throughput, memory, what to deploy with"
+	@echo "make how-cost-grows      a training step against width, keep_ratio, depth and image size"
 	@echo "make coverage            fold every CNN of torchvision and write docs/coverage.md"
 	@echo "make pretrain            train the pretrained network anew"
 	@echo "make why                 the stages that would be trained, and which input changed"
@@ -159,6 +161,18 @@ $(R)/notebooks/controls.ipynb: $(H)/notebooks/09_controls.ipynb $(H)/params/cont
 unfinished: $(R)/html/unfinished.html
 $(R)/notebooks/unfinished.ipynb: $(H)/notebooks/10_unfinished_models.ipynb $(H)/params/$(PRESET)/unfinished.yaml $(H)/params/report/unfinished.yaml $(foreach e,fig1 fig2 fig3,$(R)/notebooks/$(e).ipynb)
 	@$(RUN) $(<:$(H)/%=%) $@ -p preset $(PRESET)
+	@touch $(R)/.changed
+
+# Two that measure time would measure each other: asked for together, one waits for the other.
+time-and-memory: $(R)/html/time_and_memory.html
+$(R)/notebooks/time_and_memory.ipynb: $(H)/notebooks/11_time_and_memory.ipynb $(H)/params/$(PRESET)/time_and_memory.yaml $(LIBRARY) $(R)/notebooks/pruned.ipynb
+	@$(RUN) $(<:$(H)/%=%) $@ -f params/$(PRESET)/time_and_memory.yaml
+	@touch $(R)/.changed
+
+how-cost-grows: $(R)/html/how_cost_grows.html
+$(R)/notebooks/how_cost_grows.ipynb: $(H)/notebooks/12_how_cost_grows.ipynb $(H)/params/$(PRESET)/how_cost_grows.yaml $(LIBRARY) \
+    | $(READY) $(if $(filter time-and-memory,$(MAKECMDGOALS)),$(R)/notebooks/time_and_memory.ipynb)
+	@$(RUN) $(<:$(H)/%=%) $@ -f params/$(PRESET)/how_cost_grows.yaml
 	@touch $(R)/.changed
 
 coverage: | $(READY)

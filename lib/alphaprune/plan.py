@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,10 +14,12 @@ from alphaprune.fold import fold
 from alphaprune.graph import Mixer, attribute
 from alphaprune.modes import in_eval_mode
 from alphaprune.parallel import ParallelModel
+from alphaprune.passes import forward
+from alphaprune.timing import alternate
 from alphaprune.trace import as_inputs
 from alphaprune.widths import KeepRatio, costs
 
-RUNS = 10  # timed forward passes of each network, alternating
+SECONDS = 1.0  # of timing both networks
 
 
 @dataclass(frozen=True)
@@ -165,17 +165,9 @@ def _why_wide(model: ParallelModel, owner: Any) -> str:
     return "each of its groups has one channel, and keeps it" if alone else "its share is all of its channels"
 
 
-@torch.no_grad()
 def _latency(network: nn.Module, small: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[float, float]:
-    """Median milliseconds of each, in eval mode, alternating, after a warm-up."""
-    times: tuple[list[float], list[float]] = ([], [])
+    """Median milliseconds of each, in eval mode, in turns."""
     with in_eval_mode(network, small):
-        for run in range(RUNS + 2):
-            for which, f in enumerate((network, small)):
-                started = time.perf_counter()
-                f(*inputs)
-                if inputs[0].is_cuda:
-                    torch.cuda.synchronize()
-                if run >= 2:
-                    times[which].append(1000 * (time.perf_counter() - started))
-    return statistics.median(times[0]), statistics.median(times[1])
+        calls = {"wide": forward(network, *inputs), "folded": forward(small, *inputs)}
+        median = alternate(calls, SECONDS)["median"]
+    return 1000 * median["wide"], 1000 * median["folded"]

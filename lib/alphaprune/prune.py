@@ -10,6 +10,7 @@ from typing import Any
 
 import pandas as pd
 import torch
+from torch import Tensor, nn
 
 from alphaprune import data as images
 from alphaprune.errors import UsageError
@@ -87,7 +88,7 @@ def _prune(experiment: Experiment) -> Pruned:
     model = experiment.model(experiment.to_fold())
     val = images.load(s.data).val.first(s.val_images)
     x, _ = next(images.batches(val, CERTIFIED))
-    small, certificate = remove_skips(model, x) if isinstance(model, SkipModel) else fold(model, x)
+    small, certificate = _folded(model, x)
     model.composed = False  # the table compares with the plain form too
     test = images.load_test(s.data)
     rows = []
@@ -112,6 +113,19 @@ def _prune(experiment: Experiment) -> Pruned:
     }
     write_json(folder / "run.json", record)
     return Pruned(str(small), certificate, pd.DataFrame(rows, columns=COLUMNS))
+
+
+def folded(experiment: Experiment) -> tuple[nn.Module, Certificate]:
+    """The network that the experiment's final model folds to, in eval mode, with a certificate on one image.
+
+    Raises:
+        UsageError: if the stage it is folded from has not run, or its weights are gone.
+    """
+    return _folded(experiment.model(experiment.to_fold()), experiment.example_image())
+
+
+def _folded(model: nn.Module, x: Tensor) -> tuple[nn.Module, Certificate]:
+    return remove_skips(model, x) if isinstance(model, SkipModel) else fold(model, x)
 
 
 def pruned_provenance(experiment: Experiment) -> dict[str, Any]:
