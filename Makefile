@@ -38,7 +38,7 @@ ifeq ($(filter $(PRESET),$(PRESETS)),)
 $(error preset '$(PRESET)' is unknown; there are: $(PRESETS))
 endif
 
-.PHONY: verify audit skips own-network coverage cliff controls unfinished time-and-memory how-cost-grows why test-faults FORCE
+.PHONY: verify audit benchmark benchmark-check skips own-network coverage cliff controls unfinished time-and-memory how-cost-grows why test-faults FORCE
 .PHONY: reproduce-figures figures html pretrain experiments data lab test environment lock clean help $(EXPERIMENTS) pruned
 
 reproduce-figures: $(R)/report.html $(PAGES)
@@ -68,6 +68,8 @@ help:
 	@echo "make test-faults         kill, damage, fill the disk: what is survived (10 minutes)"
 	@echo "make data                fetch CIFAR-10 or check what is there"
 	@echo "make verify              three smoke reproductions, compared: is the same command the same result?"
+	@echo "make benchmark           how fast it is, against what it replaces, and the whole reproduction timed (20 minutes)"
+	@echo "make benchmark-check     the same without that; fails where a ratio falls short of its target"
 	@echo "make audit               known vulnerabilities of what requirements.lock names"
 	@echo "make lock                resolve requirements.lock anew"
 	@echo "make clean               remove results/$(PRESET) but for the pretrained networks"
@@ -214,6 +216,11 @@ test-faults: $(READY)
 
 verify: | $(READY)
 	@$(BIN)/python notebooks/verify.py
+
+benchmark: | $(READY)
+	@$(BIN)/python notebooks/benchmark.py
+benchmark-check: | $(READY)
+	@$(BIN)/python notebooks/benchmark.py --check
 
 audit: | $(READY)
 	@$(BIN)/python notebooks/audit.py requirements.lock

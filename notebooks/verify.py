@@ -111,8 +111,8 @@ def as_text(title: str, found: list[Compared]) -> str:
     return "\n".join(lines)
 
 
-def reproduce(folder: Path, threads: int) -> Path:
-    """`make reproduce-figures` at smoke in a copy of the project with that many threads; its results folder."""
+def copy_project(folder: Path) -> None:
+    """The project without results, in a new folder, with the environment that runs this."""
     folder.mkdir()
     for name in ("notebooks", "params", "lib"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_*"))
@@ -120,17 +120,25 @@ def reproduce(folder: Path, threads: int) -> Path:
         shutil.copy2(ROOT / name, folder / name)
     (folder / ".venv").symlink_to(Path(sys.prefix))
     (folder / "results").mkdir()
-    preset = folder / "params" / PRESET / "preset.yaml"
-    settings = yaml.safe_load(preset.read_text()) | {"threads": threads}
-    preset.write_text(yaml.safe_dump(settings))
+
+
+def reproduce(folder: Path, preset: str, **variables: str) -> Path:
+    """`make reproduce-figures` in a copy of the project, with these environment variables; its results folder."""
     # The copy's own library and this run of make's nothing: neither its variables nor its job server.
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "PYTHON"))}
-    environment |= {"PYTHONPATH": str(folder / "lib"), "OMP_NUM_THREADS": str(threads)}
-    command = ["make", "--old-file=.venv/.ready", f"PRESET={PRESET}", "reproduce-figures"]
+    environment |= {"PYTHONPATH": str(folder / "lib"), **variables}
+    command = ["make", "--old-file=.venv/.ready", f"PRESET={preset}", "reproduce-figures"]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} failed: {' '.join(done.stderr.split())[-300:]}")
-    return folder / "results" / PRESET
+    return folder / "results" / preset
+
+
+def _with_threads(folder: Path, threads: int) -> Path:
+    copy_project(folder)
+    file = folder / "params" / PRESET / "preset.yaml"
+    file.write_text(yaml.safe_dump(yaml.safe_load(file.read_text()) | {"threads": threads}))
+    return reproduce(folder, PRESET, OMP_NUM_THREADS=str(threads))
 
 
 def main() -> int:
@@ -139,7 +147,7 @@ def main() -> int:
         for n, threads in enumerate((1, 1, 2), 1):
             print(f"run {n} of 3: PRESET={PRESET}, threads {threads}", flush=True)
             try:
-                results.append(reproduce(Path(temporary) / f"run{n}", threads))
+                results.append(_with_threads(Path(temporary) / f"run{n}", threads))
             except RuntimeError as e:
                 print(f"alphaprune: {e}", file=sys.stderr)
                 return 2

@@ -1,0 +1,93 @@
+"""How fast is it? Ratios that were taken in one run, and how long the whole `quick` reproduction takes.
+
+python notebooks/benchmark.py            # writes docs/benchmark.json and docs/benchmark.md
+python notebooks/benchmark.py --check    # the ratios alone, nothing written; ends with 1 where one falls short, with 2 where the
+                                         # machine was too busy to tell
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pandas as pd
+from verify import copy_project, reproduce
+
+from alphaprune.benchmark import as_line, as_table, measure
+from alphaprune.provenance import provenance
+from alphaprune.storage import write_bytes, write_json
+
+ROOT = Path(__file__).resolve().parents[1]
+COMMAND = "make benchmark"
+REPRODUCTION = 600.0  # seconds at most
+
+
+def whole_reproduction() -> dict[str, object]:
+    """Seconds for `make reproduce-figures` in a copy of the project without results but for the pretrained networks."""
+    with tempfile.TemporaryDirectory(prefix="alphaprune-benchmark-") as temporary:
+        project, pretrained = Path(temporary) / "project", "results/quick/pretrained"
+        copy_project(project)
+        shutil.copytree(ROOT / pretrained, project / pretrained)
+        started = time.monotonic()
+        reproduce(project, "quick")
+        seconds = time.monotonic() - started
+    target = {"target": f"at most {REPRODUCTION:g}", "holds": seconds <= REPRODUCTION}
+    return {"what": "make reproduce-figures, quick", "value": seconds, "unit": "seconds"} | target
+
+
+def page(table: pd.DataFrame, source: dict[str, object]) -> str:
+    """docs/benchmark.md."""
+    hardware = ", ".join(f"{k} {v}" for k, v in source["hardware"].items() if k != "threads")
+    versions = ", ".join(f"{k} {v}" for k, v in source["versions"].items())
+    return f"""# How fast it is
+
+Written by `{COMMAND}` at commit {source["commit"]}; {hardware}; {versions}. All ratios are of alternatives that took turns in one run; the spread is
+the interquartile range as a share of the median, and above 15 % a figure is not to be trusted.
+
+{as_table(table)}
+"""
+
+
+def verdict(table: pd.DataFrame) -> int:
+    """0 if all targets hold, 1 if one falls short, 2 if one that falls short was measured on a busy machine."""
+    short = table[table["holds"].eq(False)]
+    if short.empty:
+        return 0
+    return 2 if short["trusted"].eq(False).all() else 1
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Measure how fast alphaprune is.")
+    parser.add_argument("--check", action="store_true", help="ratios alone; fail where one falls short")
+    args = parser.parse_args(arguments)
+    table = measure(say=lambda line: print(line, flush=True))
+    if args.check:
+        found = verdict(table)
+        said = {
+            0: "All targets hold.",
+            1: "A target is not reached.",
+            2: "The machine was too busy to tell; try again when it is quiet.",
+        }
+        print(said[found])
+        return found
+    try:
+        row = whole_reproduction()
+    except RuntimeError as e:
+        print(f"alphaprune: {e}", file=sys.stderr)
+        return 2
+    print(as_line(row))
+    table = pd.concat([table, pd.DataFrame([row])], ignore_index=True)
+    source = provenance(ROOT, COMMAND)
+    rows = [{k: v for k, v in r.items() if not pd.isna(v)} for r in table.to_dict("records")]
+    write_json(ROOT / "docs" / "benchmark.json", source | {"figures": rows})
+    write_bytes(ROOT / "docs" / "benchmark.md", page(table, source).encode())
+    print("docs/benchmark.md")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
