@@ -9,13 +9,14 @@ import re
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
-from torch import Tensor
 
 from alphaprune.errors import UsageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -58,6 +59,8 @@ def write_json(path: Path, content: Any) -> None:
 
 def as_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> bytes:
     """Tensors as the content of a safetensors file: the same for the same names and values, on any device."""
+    from safetensors.torch import save  # brings torch, which who only reads records need not wait for
+
     # Cloned, since safetensors takes no two tensors that share memory.
     return save({k: t.detach().cpu().clone().contiguous() for k, t in tensors.items()}, metadata)
 
