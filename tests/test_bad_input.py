@@ -44,7 +44,7 @@ from alphaprune.image_folder import load_folder
 from alphaprune.models import vgg16
 from alphaprune.prune import load_pruned, prune
 from alphaprune.records import (
-    DamagedRecord,
+    Damaged,
     FinalRecord,
     FoldRecord,
     SensitivityRecord,
@@ -932,7 +932,7 @@ def test_damaged_records_of_sensitivity(root, monkeypatch, content):
         names = [n for n, m in network.named_modules() if isinstance(m, torch.nn.Conv2d)]
         return {n: {0.12: 1.0, 0.5: 0.1} for n in names}
 
-    monkeypatch.setattr("alphaprune.experiment.damages", measures)
+    monkeypatch.setattr("alphaprune.layer_widths.damages", measures)
     given = {"widths": "sensitivity", "init_images": 32}
     good = Experiment("smoke", "fig4", root, **given).stages[0].identity
     (file,) = (root / "results" / "smoke" / "sensitivity").glob("*.json")
@@ -1282,4 +1282,4 @@ def test_any_bytes_as_weights(tmp_path_factory, data):
 
 
 def test_a_damaged_record_is_a_usage_error():
-    assert issubclass(DamagedRecord, UsageError)
+    assert issubclass(Damaged, UsageError)

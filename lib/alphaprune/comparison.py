@@ -29,16 +29,16 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from alphaprune import data as images
 from alphaprune import yaml_text
-from alphaprune.errors import UsageError, shown
+from alphaprune.errors import Damaged, UsageError, shown
 from alphaprune.experiment import Experiment
 from alphaprune.fold import fold
 from alphaprune.interrupt import ending_with_a_line
 from alphaprune.measure import multiply_adds, parameters
 from alphaprune.parallel import ParallelModel
 from alphaprune.provenance import merged
-from alphaprune.records import DamagedRecord, FinalRecord, read_record
+from alphaprune.records import FinalRecord, read_record, write_record
 from alphaprune.settings import Name, Positive, check_names, load_settings, project_root
-from alphaprune.storage import write_bytes, write_json
+from alphaprune.storage import write_bytes
 from alphaprune.train import evaluate
 
 COLUMNS = [
@@ -437,7 +437,7 @@ def _measure(of: Experiment) -> dict[str, Any]:
     if file.is_file():
         try:
             final = read_record(file, FinalRecord)
-        except DamagedRecord as e:
+        except Damaged as e:
             warnings.warn(f"{e}; it is measured again", stacklevel=2)
     if final is None:
         model = of.model(last.name)
@@ -449,7 +449,7 @@ def _measure(of: Experiment) -> dict[str, Any]:
             "macs": multiply_adds(model, of.example_image()),
             "test_accuracy": 100 * evaluate(model, test)[1],
         }
-        write_json(file, final)
+        write_record(file, final)
     begun = of.stage_history(of.stages[0].name)
     at_first = begun[(begun["split"] == "val") & (begun["epoch"] == 0)].set_index("metric")["value"]
     start = at_first.get("fold_now_running", at_first["accuracy"])  # of what would be left

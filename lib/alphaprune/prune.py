@@ -12,15 +12,16 @@ import pandas as pd
 import torch
 
 from alphaprune import data as images
-from alphaprune.errors import UsageError
-from alphaprune.experiment import OF_ONE_EXPERIMENT, Experiment, in_yaml
+from alphaprune.errors import Damaged, UsageError
+from alphaprune.experiment import Experiment
 from alphaprune.fold import Certificate, fold
 from alphaprune.measure import multiply_adds, parameters
 from alphaprune.provenance import merged, of_records, provenance
-from alphaprune.records import DamagedRecord, FoldRecord, read_record
+from alphaprune.records import FoldRecord, read_record, write_record
 from alphaprune.settings import parameter_files
 from alphaprune.skips import SkipModel, remove_skips
-from alphaprune.storage import save_tensors, write_json
+from alphaprune.stages import OF_ONE_EXPERIMENT, in_yaml
+from alphaprune.storage import save_tensors
 from alphaprune.train import evaluate
 
 # Raise it when what `prune` measures or records changes; older records are then made anew.
@@ -70,7 +71,7 @@ def load_pruned(experiment: Experiment) -> Pruned | None:
         return None
     try:
         content = read_record(record, FoldRecord)
-    except DamagedRecord as e:
+    except Damaged as e:
         warnings.warn(f"{e}; it is folded again", stacklevel=2)
         return None
     made = content["identity"], content.get("pruning_version")
@@ -107,10 +108,10 @@ def _prune(experiment: Experiment) -> Pruned:
         "test_images": len(test),
         "certificate": asdict(certificate),
         "weights_sha256": digest,
-        "data_checksum": images.checksum(s.data),
+        "data_checksum": experiment.data_checksum,
         **provenance(experiment.root, _command(experiment)),
     }
-    write_json(folder / "run.json", record)
+    write_record(folder / "run.json", record)
     return Pruned(str(small), certificate, pd.DataFrame(rows, columns=COLUMNS))
 
 
