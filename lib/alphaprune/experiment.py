@@ -25,7 +25,7 @@ from alphaprune.errors import UsageError, shown
 from alphaprune.identity import Node
 from alphaprune.interrupt import ending_with_a_line
 from alphaprune.lock import only_here
-from alphaprune.mending import mend, publish
+from alphaprune.mending import mend, publish, publishes
 from alphaprune.progress import Progress
 from alphaprune.recorded import Recorded
 from alphaprune.records import COLUMNS
@@ -90,7 +90,7 @@ class Experiment(Recorded):
             self._train(list(to_run.values()), say)
             self._grow()
             to_run = self._to_run()
-        if self.settings.publish and self.label == self.settings.experiment:
+        if publishes(self):
             publish(self)
         return self.history()
 

@@ -10,15 +10,7 @@ from alphaprune.errors import Damaged
 from alphaprune.identity import BASE
 from alphaprune.recorded import Recorded
 from alphaprune.settings import load_settings
-from alphaprune.storage import (
-    digest_file,
-    digest_of,
-    load_tensors,
-    read_digest,
-    save_tensors,
-    write_bytes,
-    write_digest,
-)
+from alphaprune.storage import digest_file, digest_of, read_digest, write_bytes, write_digest
 
 
 def mend(of: Recorded, say: Callable[[str], None]) -> None:
@@ -33,7 +25,11 @@ def mend(of: Recorded, say: Callable[[str], None]) -> None:
         if of.why(node) is None and path.is_file() and of.weights_damage(node) is None:
             _mend_checksum(path, of.record(node.name)["weights_sha256"], say)
     damage = pretrained.damage(of.settings, of.root)
-    if damage is None or not any(n.origin == BASE for n in of.stages):
+    if damage is None:
+        return
+    if publishes(of):
+        say(f"{damage}; published again when all stages are recorded")
+    if not any(n.origin == BASE for n in of.stages):
         return
     digest, path = pretrained.digest(of.settings, of.root), of.root / of.settings.base
     if path.is_file() and digest_of(path) == digest:
@@ -50,12 +46,19 @@ def mend(of: Recorded, say: Callable[[str], None]) -> None:
     say(f"{damage}; {pretrained.remedy(of.settings)}")
 
 
+def publishes(of: Recorded) -> bool:
+    """Whether an experiment publishes what it comes to: not where it was given settings that differ from its file's."""
+    return of.settings.publish is not None and of.label == of.settings.experiment
+
+
 def publish(of: Recorded) -> None:
-    """Copy the weights and records of an experiment's last stage to the folder that its settings name."""
+    """Copy the whole weights and the records of an experiment's last stage to the folder that its settings name."""
     last, target = of.stages[-1], of.root / of.settings.publish
     for name in ("history.csv", "run.json"):
         write_bytes(target / name, (of.folder(last) / name).read_bytes())
-    save_tensors(target / Path(of.settings.base).name, load_tensors(of.weights(last))[0])
+    weights = target / Path(of.settings.base).name
+    write_bytes(weights, of.weights(last).read_bytes())
+    write_digest(weights, of.record(last.name)["weights_sha256"])
 
 
 def _mend_checksum(path: Path, digest: str, say: Callable[[str], None]) -> None:

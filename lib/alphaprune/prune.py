@@ -21,13 +21,14 @@ from alphaprune.records import FoldRecord, read_record, write_record
 from alphaprune.settings import parameter_files
 from alphaprune.skips import SkipModel, remove_skips
 from alphaprune.stages import OF_ONE_EXPERIMENT, in_yaml
-from alphaprune.storage import save_tensors
+from alphaprune.storage import check_digest, digest_file, save_tensors
 from alphaprune.train import evaluate
 
 # Raise it when what `prune` measures or records changes; older records are then made anew.
 PRUNING_VERSION = 2
 CERTIFIED = 1000  # validation images that the certificate is measured on, at most
 COLUMNS = ["network", "val_accuracy", "test_accuracy", "parameters", "multiply_adds"]
+WEIGHTS = "weights.safetensors"
 ORIGINAL, UNFOLDED, FOLDED = "original", "alpha 0", "folded"
 
 
@@ -65,12 +66,14 @@ def prune(experiment: Experiment) -> Pruned:
 
 
 def load_pruned(experiment: Experiment) -> Pruned | None:
-    """What `prune` recorded for this very model, None if it has not run or its record is damaged."""
-    record = _folder(experiment) / "run.json"
+    """What `prune` recorded for this very model, None if it has not run, or its record or weights are damaged."""
+    record, weights = (_folder(experiment) / name for name in ("run.json", WEIGHTS))
     if not record.is_file():
         return None
     try:
         content = read_record(record, FoldRecord)
+        if weights.exists() or digest_file(weights).exists():  # else the record suffices
+            check_digest(weights, content["weights_sha256"])
     except Damaged as e:
         warnings.warn(f"{e}; it is folded again", stacklevel=2)
         return None
@@ -97,7 +100,7 @@ def _prune(experiment: Experiment) -> Pruned:
         costs = parameters(network), multiply_adds(network, torch.zeros(1, 3, 32, 32))
         rows.append(dict(zip(COLUMNS, (name, validation, final, *costs), strict=True)))
     folder = _folder(experiment)
-    digest = save_tensors(folder / "weights.safetensors", small.state_dict())
+    digest = save_tensors(folder / WEIGHTS, small.state_dict())
     record: dict[str, Any] = {
         "experiment": s.experiment,
         "folds": experiment.to_fold(),

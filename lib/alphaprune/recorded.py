@@ -66,6 +66,8 @@ class Recorded(Stages):
         record = self.folder(node) / "run.json"
         if not record.is_file():
             files = sorted(self.folder(node).parent.glob(f"{node.stage.name}-????????/run.json"))
+            if self.weights(node).exists() or record.with_name("history.csv").exists():
+                return f"{record} is missing"
             if not files:
                 return "not recorded yet"
             earlier = [c["determines"] for c in _whole(files).values() if "determines" in c]

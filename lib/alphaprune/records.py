@@ -91,6 +91,7 @@ class FoldRecord(_Form):
     """`run.json` of a folded network, see `prune`."""
 
     identity: Digest
+    weights_sha256: Digest
     pruning_version: int | None = None
     network: str
     table: Annotated[list[_Row], Field(min_length=1)]

@@ -109,13 +109,20 @@ def digest_of(path: Path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-def check_digest(path: Path) -> str:
-    """The SHA-256 of `path`, found equal to the one recorded beside it (raises Damaged otherwise)."""
-    if not path.is_file() or not digest_file(path).is_file():
-        raise Damaged(f"{path} or its .sha256 is missing")
+def check_digest(path: Path, recorded: str | None = None) -> str:
+    """The SHA-256 of `path`, found equal to the one beside it, and to the one of its record where that is given.
+
+    Raises:
+        Damaged: if they differ, or one is missing.
+    """
+    for needed in (path, digest_file(path)):
+        if not needed.is_file():
+            raise Damaged(f"{needed} is missing")
     found = digest_of(path)
     if read_digest(path) != found:
         raise Damaged(f"{path} is damaged: its SHA-256 differs from {digest_file(path).name}")
+    if recorded not in (None, found):
+        raise Damaged(f"{path} is damaged: its SHA-256 is not the one in its record")
     return found
 
 

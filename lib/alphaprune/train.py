@@ -30,7 +30,7 @@ from alphaprune.modes import in_eval_mode
 from alphaprune.objective import Loss
 from alphaprune.recipe import Objective, Recipe
 from alphaprune.resume_state import read_state
-from alphaprune.storage import load_tensors, save_tensors
+from alphaprune.storage import digest_file, load_tensors, save_tensors
 
 with warnings.catch_warnings():  # its progress bars, which are not used here, ask for notebook widgets
     warnings.filterwarnings("ignore", message="IProgress not found")
@@ -332,7 +332,7 @@ class _State:
                 rest = read_state(tensors, metadata, self.model, self.optimizer, self.scheduler)
                 found.append((tensors, rest))
             except UsageError as e:  # cut off while it was written, or damaged since
-                if slot.is_file():
+                if slot.is_file() or digest_file(slot).exists():
                     warnings.warn(
                         f"{slot.name}: {e}. It goes on from the state before, with the same result",
                         stacklevel=2,
