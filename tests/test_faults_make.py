@@ -69,7 +69,7 @@ def test_a_reproduction_killed_25_times_gives_the_same_to_the_bit(whole_project,
     loading = undisturbed(other)
     chance = random.Random(1)
     # In half of the cases something trains by then.
-    killed = sum(killed_after(chance.uniform(0.2, 2.2) * loading, whole_project) for _ in range(KILLS))
+    killed = sum(killed_after(chance.uniform(0.2, 1.8) * loading, whole_project) for _ in range(KILLS))
     assert killed == KILLS
     both = [started(whole_project, "JOBS=4", stderr=subprocess.PIPE, text=True) for _ in range(2)]
     errors = [run.communicate()[1] for run in both]

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from alphaprune import pretrained
-from alphaprune.errors import Damaged
+from alphaprune.errors import Damaged, UsageError
 from alphaprune.identity import BASE
 from alphaprune.recorded import Recorded
 from alphaprune.settings import load_settings
@@ -22,8 +22,9 @@ def mend(of: Recorded, say: Callable[[str], None]) -> None:
     """
     for node in {n.name: n for stage in of.stages for n in stage.line}.values():
         path = of.weights(node)
-        if of.why(node) is None and path.is_file() and of.weights_damage(node) is None:
-            _mend_checksum(path, of.record(node.name)["weights_sha256"], say)
+        whole = of.why(node) is None and path.is_file() and of.weights_damage(node) is None
+        if whole and _mend_checksum(path, of.record(node.name)["weights_sha256"]):
+            say(_mended(path))
     damage = pretrained.damage(of.settings, of.root)
     if damage is None:
         return
@@ -33,7 +34,8 @@ def mend(of: Recorded, say: Callable[[str], None]) -> None:
         return
     digest, path = pretrained.digest(of.settings, of.root), of.root / of.settings.base
     if path.is_file() and digest_of(path) == digest:
-        _mend_checksum(path, digest, say)
+        if _mend_checksum(path, digest):
+            say(_mended(path))
         if (damage := pretrained.damage(of.settings, of.root)) is None:
             return
     for publisher in _publishers(of):
@@ -52,24 +54,44 @@ def publishes(of: Recorded) -> bool:
 
 
 def publish(of: Recorded) -> None:
-    """Copy the whole weights and the records of an experiment's last stage to the folder that its settings name."""
-    last, target = of.stages[-1], of.root / of.settings.publish
-    for name in ("history.csv", "run.json"):
-        write_bytes(target / name, (of.folder(last) / name).read_bytes())
-    weights = target / Path(of.settings.base).name
-    write_bytes(weights, of.weights(last).read_bytes())
-    write_digest(weights, of.record(last.name)["weights_sha256"])
+    """Copy the whole weights and the records of an experiment's last stage to the folder that its settings name.
+
+    What is there already is not written again, so that nothing needs the right to where nothing changes.
+
+    Raises:
+        UsageError: if there is neither what to copy nor what was copied before.
+    """
+    last, folder = of.stages[-1], of.root / of.settings.publish
+    if not of.weights(last).is_file():  # left behind; what was published may be whole all the same
+        if damage := pretrained.damage(of.settings, of.root):
+            raise UsageError(f"{damage}; {pretrained.remedy(of.settings)}")
+        return
+    weights = folder / Path(of.settings.base).name
+    sources = {
+        folder / "history.csv": of.folder(last) / "history.csv",
+        folder / "run.json": of.folder(last) / "run.json",
+        weights: of.weights(last),
+    }
+    for target, source in sources.items():
+        content = source.read_bytes()
+        if not (target.is_file() and target.read_bytes() == content):
+            write_bytes(target, content)
+    _mend_checksum(weights, of.record(last.name)["weights_sha256"])
 
 
-def _mend_checksum(path: Path, digest: str, say: Callable[[str], None]) -> None:
-    """Write the checksum of whole weights again where it is not as it was written."""
+def _mend_checksum(path: Path, digest: str) -> bool:
+    """Write the checksum of whole weights where it is not as it was written. Returns whether it was not."""
     try:
-        whole = read_digest(path) == digest
+        if read_digest(path) == digest:
+            return False
     except Damaged:
-        whole = False
-    if not whole:
-        write_digest(path, digest)
-        say(f"{digest_file(path)} was damaged or missing; written again, since {path.name} is whole")
+        pass
+    write_digest(path, digest)
+    return True
+
+
+def _mended(path: Path) -> str:
+    return f"{digest_file(path)} was damaged or missing; written again, since {path.name} is whole"
 
 
 def _publishers(of: Recorded) -> list[Recorded]:
