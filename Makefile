@@ -50,7 +50,6 @@ reproduce-figures: $(R)/report.html $(PAGES)
 help:
 	@echo "make reproduce-figures   environment, data, every experiment, figures, scorecard, HTML report"
 	@echo "make test                environment, all checks"
-	@echo "make test-faults         bad input by the thousand"
 	@echo "make lab                 JupyterLab on the notebooks"
 	@echo "make figures             Figures 1 to 4 and the overview, PNG and SVG"
 	@echo "make html                every executed notebook as a page, and the report"
@@ -65,7 +64,7 @@ help:
 	@echo "make coverage            fold every CNN of torchvision and write docs/coverage.md"
 	@echo "make pretrain            train the pretrained network anew"
 	@echo "make why                 the stages that would be trained, and which input changed"
-	@echo "make test-faults         kill, damage, fill the disk: what is survived (10 minutes)"
+	@echo "make test-faults         kill, damage, fill the disk: what is survived (10 minutes), into docs/faults.md"
 	@echo "make data                fetch CIFAR-10 or check what is there"
 	@echo "make verify              three smoke reproductions, compared: is the same command the same result?"
 	@echo "make benchmark           how fast it is, against what it replaces, and the whole reproduction timed (20 minutes)"
@@ -210,9 +209,11 @@ test: $(READY)
 	@$(BIN)/ruff format --check .
 	@$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
-# Kills, damage and bad input, tried by the thousand; `make test` has a shorter form.
+# Kills, damage, a full disk and bad input, in full; `make test` has a shorter form. Writes docs/faults.md.
 test-faults: $(READY)
-	@ALPHAPRUNE_FAULTS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile tests/test_faults.py tests/test_faults_make.py tests/test_bad_input.py
+	@ALPHAPRUNE_FAULTS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --durations=15 -o junit_family=xunit1 --junitxml=.pytest_cache/faults.xml \
+	  tests/test_faults_make.py tests/test_bad_input.py tests/test_damage.py tests/test_faults.py; \
+	  status=$$?; $(BIN)/python docs/faults.py .pytest_cache/faults.xml && exit $$status
 
 verify: | $(READY)
 	@$(BIN)/python notebooks/verify.py

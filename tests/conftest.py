@@ -1,8 +1,10 @@
 """Shared by the tests: one thread, so that results are the same on every machine with the same torch."""
 
+import json
 import os
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,16 @@ def project(tmp_path: Path) -> Path:
     shutil.copytree(ROOT / "params", tmp_path / "params")
     (tmp_path / "results").mkdir()
     return tmp_path
+
+
+@pytest.fixture
+def fault(record_property) -> Callable[[str, int, str], None]:
+    """Note for docs/faults.md what was tried, how often, and what came of it; called when it has come of it."""
+
+    def note(what: str, times: int, outcome: str) -> None:
+        record_property("fault", json.dumps([what, times, outcome]))
+
+    return note
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ import io
 import json
 import os
 import pickle
+import resource
 import shutil
 import signal
 import struct
@@ -37,6 +38,7 @@ from alphaprune import UsageError, data, yaml_text
 from alphaprune.comparison import load_comparison
 from alphaprune.comparison import main as compare_main
 from alphaprune.data import Split
+from alphaprune.errors import Damaged
 from alphaprune.experiment import Experiment
 from alphaprune.experiment import main as experiment_main
 from alphaprune.fold import Certificate
@@ -44,7 +46,7 @@ from alphaprune.image_folder import load_folder
 from alphaprune.models import vgg16
 from alphaprune.prune import load_pruned, prune
 from alphaprune.records import (
-    DamagedRecord,
+    SEAL,
     FinalRecord,
     FoldRecord,
     SensitivityRecord,
@@ -54,10 +56,12 @@ from alphaprune.records import (
 )
 from alphaprune.scorecard import load_claims
 from alphaprune.settings import Settings, load_settings
-from alphaprune.storage import check_digest, load_tensors, read_digest, save_tensors
+from alphaprune.storage import check_digest, json_bytes, load_tensors, read_digest, save_tensors, write_digest
 from alphaprune.train import Recipe, fit
 
 SECONDS = 5  # of a row
+# What loads torch, or a notebook's kernel, may take that long too.
+LOADING = {"weights that are a pickle": 20, "a notebook's path outside": 20}
 BASE = "results/smoke/pretrained/vgg16.safetensors"
 FIG4 = "params/smoke/fig4.yaml"
 
@@ -725,19 +729,37 @@ CHECKSUMS = {
 }
 
 
-@pytest.mark.parametrize("name", CHECKSUMS)
-def test_checksums(root, capsys, name):
+def harm_checksum(root, name):
     beside = root / f"{BASE}.sha256"
     beside.unlink()
     if CHECKSUMS[name] is None:
         beside.mkdir()
     else:
         beside.write_bytes(CHECKSUMS[name])
+
+
+@pytest.mark.parametrize("name", CHECKSUMS)
+def test_checksums(root, capsys, name):
+    """With no record to say whether the weights or their checksum are damaged."""
+    (root / BASE).with_name("run.json").unlink()
+    harm_checksum(root, name)
     refused(root, capsys, lambda: experiment_main([FIG4]), "safetensors")
+
+
+@pytest.mark.parametrize("name", [n for n in CHECKSUMS if CHECKSUMS[n] is not None])
+def test_checksums_that_a_record_makes_good(root, capsys, name):
+    before = (root / f"{BASE}.sha256").read_bytes()
+    harm_checksum(root, name)
+    said = run_fig4(root, capsys)
+    assert "vgg16.safetensors.sha256 was damaged" in said and "0 stages to train" in said
+    assert (root / f"{BASE}.sha256").read_bytes() == before
 
 
 @pytest.mark.parametrize("name", ["missing", "a folder"])
 def test_weights_that_are_not_there(root, capsys, name):
+    shutil.rmtree(
+        root / "results" / "smoke" / "stages" / "pretrain"
+    )  # from which they would be published again
     (root / BASE).unlink()
     if name == "a folder":
         (root / BASE).mkdir()
@@ -838,11 +860,19 @@ def damage(file, change):
     return content
 
 
+def as_before(content):
+    """A record without the checksums that would give any change away: as it was written before there were any."""
+    old = {k: v for k, v in json.loads(content).items() if k not in (*SEAL, "history_sha256")}
+    return json_bytes(old)
+
+
 @pytest.mark.parametrize(
     ("file", "name"), [("run.json", n) for n in RECORDS] + [("history.csv", n) for n in HISTORIES]
 )
 def test_a_damaged_record_is_named_by_whoever_asks(root, file, name):
     (folder,) = (root / "results" / "smoke" / "stages" / "fig4").glob("a0-lr0.01-*")
+    (folder / "run.json").write_bytes(as_before((folder / "run.json").read_bytes()))
+    assert Experiment("smoke", "fig4", root).record("a0-lr0.01") is not None
     damage(folder / file, {"run.json": RECORDS, "history.csv": HISTORIES}[file][name])
     before = everything(root)
     with in_time():
@@ -886,6 +916,7 @@ FOLDS = {
 def test_damaged_records_of_folding(root, name):
     (file,) = (root / "results" / "smoke" / "stages" / "pruned").glob("folded-*/run.json")
     experiment = Experiment("smoke", "pruned", root)
+    file.write_bytes(as_before(file.read_bytes()))
     assert load_pruned(experiment).certificate.exact
     damage(file, FOLDS[name])
     with in_time(), pytest.warns(UserWarning, match=r"run\.json is damaged"):
@@ -908,7 +939,10 @@ def test_damaged_records_of_published_weights(root, file):
     assert pretrain.published_is_current() and len(pretrain.published())
     (root / "results" / "smoke" / "pretrained" / file).write_bytes(b"{\xff")
     with pytest.warns(UserWarning, match=f"{file} is damaged"):
-        assert not pretrain.published_is_current() if file == "run.json" else pretrain.published() is None
+        assert pretrain.published() is None
+    if file == "run.json":
+        with pytest.warns(UserWarning, match=f"{file} is damaged"):
+            assert not pretrain.published_is_current()
     pretrain.run(lambda line: None)
     assert pretrain.published_is_current() and len(pretrain.published())
 
@@ -932,12 +966,14 @@ def test_damaged_records_of_sensitivity(root, monkeypatch, content):
         names = [n for n, m in network.named_modules() if isinstance(m, torch.nn.Conv2d)]
         return {n: {0.12: 1.0, 0.5: 0.1} for n in names}
 
-    monkeypatch.setattr("alphaprune.experiment.damages", measures)
+    monkeypatch.setattr("alphaprune.layer_widths.damages", measures)
     given = {"widths": "sensitivity", "init_images": 32}
     good = Experiment("smoke", "fig4", root, **given).stages[0].identity
     (file,) = (root / "results" / "smoke" / "sensitivity").glob("*.json")
     whole = json.loads(file.read_text())
-    file.write_bytes(content if isinstance(content, bytes) else json.dumps(whole | content).encode())
+    file.write_bytes(
+        content if isinstance(content, bytes) else as_before(json.dumps(whole | content).encode())
+    )
     with in_time(10), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
@@ -1025,24 +1061,45 @@ def test_an_undamaged_resume_state_is_used(interrupted, tmp_path):
 
 # ---- as a user runs them
 
-PROCESSES = [
-    (["-m", "alphaprune.experiment", FIG4, "--set", "root=/x"], "parameter 'root' is unknown"),
-    (["-m", "alphaprune.comparison", "../../outside/secret", "smoke"], "name is '../../outside/secret'"),
-    (["EXECUTE", "NOTEBOOK", "results/out.ipynb", "-p", "x=__import__('os').mkdir('marker')#", "1"], "is no name"),
-    # This one is found wrong by the notebook, in its kernel.
-    (["EXECUTE", "NOTEBOOK", "results/out.ipynb", "-f", FIG4, "-p", "preset", "smoke", "-p", "experiment", "fig4", "-p", "base", "../x"],
-     "base"),
-]  # fmt: skip
+PROCESSES = {
+    "no such file": (["-m", "alphaprune.experiment", "params/smoke/nobody.yaml"], "does not exist"),
+    "an option of nobody": (["-m", "alphaprune.experiment", FIG4, "--jobs", "2"], "unrecognized"),
+    "a misspelt parameter": (["-m", "alphaprune.experiment", FIG4, "--set", "kep_ratio=0.5"], "did you mean 'keep_ratio'"),
+    "another root": (["-m", "alphaprune.experiment", FIG4, "--set", "root=/x"], "parameter 'root' is unknown"),
+    "a value out of range": (["-m", "alphaprune.experiment", FIG4, "--set", "keep_ratio=2.0"], "keep_ratio"),
+    "a path outside": (["-m", "alphaprune.experiment", FIG4, "--set", "publish=../outside"], "publish"),
+    "a YAML bomb": (["-m", "alphaprune.experiment", FIG4, "--set", f"title={LAUGHS}"], "not a YAML value"),
+    "a file with a tag": ("title: !!python/object/apply:os.getpid []\n", "the tag"),
+    "a circle of stages": (yaml.safe_dump({"title": "t", "stages": [STAGE | {"name": "x", "from": "x"}]}), "starts from itself"),
+    "a parent of nobody": (yaml.safe_dump({"title": "t", "stages": [STAGE | {"from": "nobody"}]}), "has no stage 'nobody'"),
+    "a comparison's path": (["-m", "alphaprune.comparison", "../../outside/secret", "smoke"], "name is '../../outside/secret'"),
+    "a figure that is none": (["-m", "alphaprune.provenance", FIG4], "is neither PNG"),
+    "a notebook's parameter that is code": (
+        ["EXECUTE", "NOTEBOOK", "results/out.ipynb", "-p", "x=__import__('os').mkdir('marker')#", "1"], "is no name"),
+    # Found wrong by the notebook, in its kernel.
+    "a notebook's path outside": (
+        ["EXECUTE", "NOTEBOOK", "results/out.ipynb", "-f", FIG4, "-p", "preset", "smoke", "-p", "experiment", "fig4", "-p", "base", "../x"],
+        "base"),
+    # Found wrong when it is loaded, for which torch is.
+    "weights that are a pickle": (["-m", "alphaprune.experiment", FIG4], "not a readable safetensors"),
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("number", range(len(PROCESSES)))
-def test_processes(root, number):
-    arguments, message = PROCESSES[number]
+@pytest.mark.parametrize("name", PROCESSES)
+def test_processes(root, name, fault):
+    arguments, message = PROCESSES[name]
+    if isinstance(arguments, str):
+        (root / FIG4).write_text(arguments)
+        arguments = ["-m", "alphaprune.experiment", FIG4]
+    if name == "weights that are a pickle":
+        content = pickle.dumps(Evil(root.parent / "marker"))
+        (root / BASE).write_bytes(content)
+        write_digest(root / BASE, hashlib.sha256(content).hexdigest())
     places = {
         "EXECUTE": str(ROOT / "notebooks" / "execute.py"),
         "NOTEBOOK": str(ROOT / "notebooks" / "02_alpha_decay.ipynb"),
     }
-    before = snapshot(root)
+    before, busy = snapshot(root), resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(
         [sys.executable, *(places.get(a, a) for a in arguments)],
         cwd=root,
@@ -1051,9 +1108,14 @@ def test_processes(root, number):
         timeout=120,
         env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"},
     )
+    now = resource.getrusage(resource.RUSAGE_CHILDREN)
+    seconds = now.ru_utime - busy.ru_utime + now.ru_stime - busy.ru_stime
     lines = [line for line in done.stderr.splitlines() if not line.startswith(("usage:", " "))]
     assert done.returncode == 2 and len(lines) == 1 and message in lines[0], done.stderr
     assert snapshot(root) == before
+    # Of the processor's, since other work may share it; one that is alone is as fast by the clock.
+    assert seconds < LOADING.get(name, SECONDS)
+    fault(f"as a command: {name}", 1, f"one line, exit code 2, {seconds:.1f} s of the processor's")
 
 
 # ---- random cases: whatever is read, it is taken or refused in one line
@@ -1097,10 +1159,16 @@ def fuzzed(trained):
     assert everything(trained) == before  # nothing that was read wrote
 
 
+readings = []  # of random cases, by what was made of them
+
+
 def taken_or_refused(read):
     """Whatever a reader raises must be a UsageError of one printable line."""
+    readings.append("refused")
     try:
-        return read()
+        found = read()
+        readings[-1] = "taken"
+        return found
     except UsageError as e:
         assert str(e) and str(e).isprintable() and len(str(e)) < 2100
         return None
@@ -1185,8 +1253,8 @@ def good_records(fuzzed):
     (stage,) = (fuzzed / "results" / "smoke" / "stages" / "fig4").glob("*/run.json")
     (folded,) = (fuzzed / "results" / "smoke" / "stages" / "pruned").glob("*/run.json")
     return {
-        "run.json": stage.read_text(),
-        "folded.json": folded.read_text(),
+        "run.json": as_before(stage.read_bytes()).decode(),
+        "folded.json": as_before(folded.read_bytes()).decode(),
         "damages.json": json.dumps({"identity": "0" * 64, "damages": {"a": {"0.5": 1.0}}, "seconds": 1.0}),
         "final.json": json.dumps({"params": 1, "macs": 1, "test_accuracy": 1.0}),
         "history.csv": stage.with_name("history.csv").read_text(),
@@ -1276,10 +1344,23 @@ def test_any_bytes_as_weights(tmp_path_factory, data):
         at = data.draw(st.integers(0, len(content)))
         content[at : at + data.draw(st.integers(0, 8))] = data.draw(st.binary(max_size=8))
     file.write_bytes(content)
-    file.with_name(file.name + ".sha256").write_text(hashlib.sha256(content).hexdigest())
+    write_digest(file, hashlib.sha256(content).hexdigest())
     found = taken_or_refused(lambda: load_tensors(file))
     assert found is None or all(isinstance(t, torch.Tensor) for t in found[0].values())
 
 
 def test_a_damaged_record_is_a_usage_error():
-    assert issubclass(DamagedRecord, UsageError)
+    assert issubclass(Damaged, UsageError)
+
+
+@pytest.mark.skipif(CASES == 300, reason="counted in the whole form")
+def test_so_many_random_cases_were_read(fault):
+    assert len(readings) >= CASES
+    assert (
+        min(readings.count("taken"), readings.count("refused")) > CASES // 10
+    )  # neither all good nor all bad
+    fault(
+        "random parameters, files, records, histories and weights",
+        CASES,
+        "taken, or refused in one line; none ends otherwise",
+    )

@@ -14,6 +14,7 @@ from alphaprune.experiment import COLUMNS, Experiment, main
 from alphaprune.measure import parameters
 from alphaprune.prune import load_pruned, prune
 from alphaprune.results import Results
+from alphaprune.stage_networks import StageNetworks
 from alphaprune.train import evaluate
 
 
@@ -160,7 +161,7 @@ def test_prune_records_the_table_and_the_test_set(small):
     record = next((small / "results" / "smoke" / "stages" / "pruned").glob("*/run.json"))
     assert json.loads(record.read_text())["certificate"]["alpha"] == 0
 
-    for weights in (small / "results" / "smoke" / "stages").rglob("*.safetensors"):
+    for weights in (small / "results" / "smoke" / "stages").rglob("*.safetensors*"):
         weights.unlink()
     before = record.read_bytes()
     again = prune(experiment)  # from the record: no weights, and no second reading of the test set
@@ -326,7 +327,7 @@ def test_refit_puts_fitted_branches_beside_the_wide_weights_of_a_stuck_stage(sma
     starts = history[(history["step"] == 0) & (history["metric"] == "accuracy") & (history["split"] == "val")]
     begun = starts.groupby("stage")["value"].first()
     assert begun["freed"] == begun["folded"]  # folding is exact
-    wide = experiment._wide_program(experiment.find("fig4/a0.5-lr0.01"))
+    wide = StageNetworks(experiment).wide_program(experiment.find("fig4/a0.5-lr0.01"))
     stuck = experiment.model("fig4/a0.5-lr0.01").network.state_dict()
     for name, value in wide.state_dict().items():
         if "running" not in name and "num_batches" not in name:

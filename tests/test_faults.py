@@ -1,4 +1,4 @@
-"""Nothing is lost: killed at any moment, at every step of a write, stopped by a signal, two at once, no room on the disk.
+"""Nothing is lost: killed at any moment, at every step of a write, stopped by a signal, two at once, no room on the disk, no right to write.
 
 A shorter form runs with the other tests; `make test-faults` runs all of it.
 """
@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -21,7 +22,10 @@ from conftest import ROOT
 from alphaprune.experiment import Experiment
 
 WHOLE = bool(os.environ.get("ALPHAPRUNE_FAULTS"))
-WALL_CLOCK = re.compile(r'"(seconds|start_seconds)": [\d.]+')
+# Seconds, and the SHA-256 of a record, which has seconds in it.
+WALL_CLOCK = re.compile(r'"(seconds|start_seconds)": [\d.]+|"record_sha256": "[0-9a-f]{64}"')
+AS_BEFORE = "the same command goes on and ends with the same files, bit for bit"
+NOBODY = 65534
 
 
 def small(project: Path, epochs: int = 2, stages: int = 3) -> None:
@@ -67,23 +71,47 @@ def twins(project, tmp_path_factory):
     return other, project
 
 
-def test_killed_at_random_moments_it_ends_as_if_nothing_had_happened(twins):
+def in_a_process(project: Path, before=lambda: None) -> int:
+    """Run the experiment in a process of its own, which has all modules loaded already. Returns its number."""
+    child = os.fork()
+    if child:
+        return child
+    try:
+        before()
+        Experiment("smoke", "fig4", project).run(lambda line: None)
+        os._exit(0)
+    finally:
+        os._exit(1)
+
+
+def exit_code(child: int) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def test_killed_at_random_moments_it_ends_as_if_nothing_had_happened(twins, fault):
     undisturbed, project = twins
-    chance = random.Random(0)
-    for _ in range(25 if WHOLE else 3):
-        run = start(project)
-        time.sleep(chance.uniform(2.5, 6))  # the imports alone take some two seconds
-        run.kill()
-        run.communicate()
+    before, results = contents(undisturbed), project / "results/smoke/stages/fig4"
+    started = time.monotonic()
+    assert exit_code(in_a_process(project)) == 0
+    whole = time.monotonic() - started  # of a run that nobody disturbs
+    chance, kills = random.Random(0), 0
+    shutil.rmtree(results)
+    while kills < (25 if WHOLE else 3):
+        child = in_a_process(project)
+        time.sleep(chance.uniform(0, whole / 2))
+        os.kill(child, signal.SIGKILL)
+        if exit_code(child) == 0:  # it had got through, after so many kills
+            assert contents(project) == before
+            shutil.rmtree(results)
+        else:
+            kills += 1
     assert subprocess.run(command(project), cwd=project, capture_output=True).returncode == 0
-    assert contents(project) == contents(undisturbed)
+    assert contents(project) == before
+    fault("an experiment killed at a random moment", kills, AS_BEFORE)
 
 
 def run_until(step: int, project: Path) -> int:
     """Run the experiment in a process that dies at the n-th step of writing files; its exit code, 0 if it got through."""
-    child = os.fork()
-    if child:
-        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     left = [step]
 
     def dies(call):
@@ -95,15 +123,13 @@ def run_until(step: int, project: Path) -> int:
 
         return counted
 
-    try:
+    def arm():
         os.fsync, os.replace, os.open = dies(os.fsync), dies(os.replace), dies(os.open)
-        Experiment("smoke", "fig4", project).run(lambda line: None)
-        os._exit(0)
-    finally:
-        os._exit(1)
+
+    return exit_code(in_a_process(project, arm))
 
 
-def test_killed_at_every_step_of_a_write(project, tmp_path_factory):
+def test_killed_at_every_step_of_a_write(project, tmp_path_factory, fault):
     small(project, epochs=1, stages=1)
     undisturbed = tmp_path_factory.mktemp("other") / "project"
     shutil.copytree(project, undisturbed)
@@ -121,10 +147,15 @@ def test_killed_at_every_step_of_a_write(project, tmp_path_factory):
         Experiment("smoke", "fig4", project).run(lambda line: None)
         assert contents(project) == expected, step
     assert died >= (20 if WHOLE else 2)
+    fault(
+        "an experiment killed at a step of writing its files" + (", each once" if WHOLE else ""),
+        died,
+        AS_BEFORE,
+    )
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_the_command_with_one_line_and_it_goes_on(twins, number):
+def test_a_signal_ends_the_command_with_one_line_and_it_goes_on(twins, number, fault):
     undisturbed, project = twins
     run = start(project)
     lines = []
@@ -139,9 +170,10 @@ def test_a_signal_ends_the_command_with_one_line_and_it_goes_on(twins, number):
     assert f"stopped by {signal.Signals(number).name}; stage fig4/a0.9-lr0.01 is saved" in errors
     assert subprocess.run(command(project), cwd=project, capture_output=True).returncode == 0
     assert contents(project) == contents(undisturbed)
+    fault(f"{signal.Signals(number).name}", 1, f"saved, one line, exit code {128 + number}; {AS_BEFORE}")
 
 
-def test_two_at_once_train_no_stage_twice(twins):
+def test_two_at_once_train_no_stage_twice(twins, fault):
     undisturbed, project = twins
     both = [start(project), start(project)]
     said = [run.communicate() for run in both]
@@ -150,10 +182,15 @@ def test_two_at_once_train_no_stage_twice(twins):
     assert len(ended) == 3  # one a stage
     assert any(re.search(r"is being trained by process \d+ on \S+; waiting", out) for out, _ in said)
     assert contents(project) == contents(undisturbed)
+    fault(
+        "the same command twice at once",
+        1,
+        "one waits for the other, stage by stage; none is trained twice, and all is as of one",
+    )
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
-def test_a_full_disk_is_named_and_what_was_there_stays(twins):
+def test_a_full_disk_is_named_and_what_was_there_stays(twins, fault):
     undisturbed, project = twins
     stages = project / "results/smoke/stages/fig4"
     stages.mkdir()
@@ -173,20 +210,68 @@ def test_a_full_disk_is_named_and_what_was_there_stays(twins):
         assert subprocess.run(command(project), cwd=project, capture_output=True).returncode == 0
         assert contents(project) == contents(undisturbed)
         assert all(path.read_bytes() == before for path, before in recorded.items())
+        fault(
+            "a full disk",
+            1,
+            f"named in one line, exit code 2; what was recorded stays; with room again {AS_BEFORE}",
+        )
     finally:
         subprocess.run(["umount", str(stages)])
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_results_that_cannot_be_written_are_named(twins):
-    _, project = twins
-    (project / "results/smoke").chmod(0o555)
-    done = subprocess.run(command(project), cwd=project, capture_output=True, text=True)
-    (project / "results/smoke").chmod(0o755)
-    assert done.returncode == 2 and "cannot be written (Permission denied)" in done.stderr
+WITHOUT_RIGHTS = f"""
+import os, sys
+import alphaprune.stage_training
+from alphaprune.experiment import main
+if os.geteuid() == 0:  # who may write anywhere; the interpreter itself may lie where nobody else may read
+    os.setgroups([])
+    os.setgid({NOBODY})
+    os.setuid({NOBODY})
+main(sys.argv[1:])
+"""
 
 
-def test_a_notebook_passes_the_signal_on_and_nothing_half_made_is_left(project):
+@pytest.fixture
+def for_all():
+    """A folder that every user may read, and go through."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        yield Path(folder)
+
+
+@pytest.mark.parametrize("recorded", [0, 2, 3])
+def test_results_that_cannot_be_written_are_named_and_stay(twins, for_all, recorded, fault):
+    """Of three stages, so many are recorded."""
+    undisturbed, _ = twins
+    project = shutil.copytree(undisturbed, for_all / "project")
+    for name in ["a0.9", "a0.5", "a0"][recorded:]:
+        shutil.rmtree(next((project / "results/smoke/stages/fig4").glob(f"{name}-*")))
+    before = contents(project)
+
+    def rights(folders: int, files: int) -> None:
+        for path in [project, *project.rglob("*")]:
+            path.chmod(folders if path.is_dir() else files)
+
+    rights(0o555, 0o444)
+    line = [sys.executable, "-c", WITHOUT_RIGHTS, str(project / "params/smoke/fig4.yaml")]
+    done = subprocess.run(line, cwd=project, capture_output=True, text=True)
+    rights(0o755, 0o644)
+    assert contents(project) == before
+    if recorded == 3:
+        assert done.returncode == 0 and "0 stages to train, 3 already recorded" in done.stdout, done.stderr
+        return
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
+    assert "cannot be written (Permission denied)" in done.stderr
+    assert subprocess.run(command(project), cwd=project, capture_output=True).returncode == 0
+    assert contents(project) == contents(undisturbed)
+    fault(
+        "results that may not be written",
+        1,
+        f"named in one line, exit code 2; what is recorded stays; with the right again {AS_BEFORE}",
+    )
+
+
+def test_a_notebook_passes_the_signal_on_and_nothing_half_made_is_left(project, fault):
     small(project, epochs=3)
     out = project / "results/smoke/notebooks/fig4.ipynb"
     notebook, file = ROOT / "notebooks/02_alpha_decay.ipynb", project / "params/smoke/fig4.yaml"
@@ -203,3 +288,6 @@ def test_a_notebook_passes_the_signal_on_and_nothing_half_made_is_left(project):
     assert [p.name for p in out.parent.iterdir()] == []
     assert subprocess.run(line, cwd=project, capture_output=True).returncode == 0
     assert [p.name for p in out.parent.iterdir()] == ["fig4.ipynb"]
+    fault(
+        "SIGTERM to a notebook", 1, "passed on; the stage is saved, nothing half made is left, and it goes on"
+    )

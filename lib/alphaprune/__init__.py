@@ -1,11 +1,19 @@
 """alphaprune: narrow parallel branches take over from pretrained layers, then fold away exactly."""
 
-from alphaprune.bundle import save_bundle
-from alphaprune.errors import UsageError
-from alphaprune.fold import Certificate, fold
-from alphaprune.inference import optimise_for_inference
-from alphaprune.parallel import ParallelModel
-from alphaprune.plan import Plan, plan
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from alphaprune.bundle import save_bundle
+    from alphaprune.errors import UsageError
+    from alphaprune.fold import Certificate, fold
+    from alphaprune.inference import optimise_for_inference
+    from alphaprune.parallel import ParallelModel
+    from alphaprune.plan import Plan, plan
 
 __all__ = [
     "Certificate",
@@ -17,3 +25,27 @@ __all__ = [
     "plan",
     "save_bundle",
 ]
+
+_MODULES = {"Certificate": "fold", "ParallelModel": "parallel", "Plan": "plan", "UsageError": "errors", "fold": "fold",
+            "optimise_for_inference": "inference", "plan": "plan",
+            "save_bundle": "bundle"}  # fmt: skip
+
+
+class _Face(ModuleType):
+    """The package as a module whose names are loaded when they are first asked for: torch takes seconds, and what is wrong with
+    a command line or a parameter file is said without it."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in _MODULES:
+            raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
+        found = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+        super().__setattr__(name, found)
+        return found
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # An imported module becomes an attribute of its package; but `fold` and `plan` are the functions, here.
+        if not (name in _MODULES and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Face

@@ -15,7 +15,6 @@ import multiprocessing
 import os
 import signal
 import sys
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
@@ -25,22 +24,15 @@ from typing import Annotated, Any
 
 import numpy as np
 import pandas as pd
-import torch
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from alphaprune import data as images
 from alphaprune import yaml_text
 from alphaprune.errors import UsageError, shown
 from alphaprune.experiment import Experiment
-from alphaprune.fold import fold
 from alphaprune.interrupt import Interrupted, ending_with_a_line
-from alphaprune.measure import multiply_adds, parameters
-from alphaprune.parallel import ParallelModel
 from alphaprune.provenance import merged
-from alphaprune.records import DamagedRecord, FinalRecord, read_record
 from alphaprune.settings import Name, Positive, check_names, load_settings, project_root
-from alphaprune.storage import write_bytes, write_json
-from alphaprune.train import evaluate
+from alphaprune.storage import write_bytes
 
 COLUMNS = [
     "method", "seed", "keep_ratio", "images", "seconds", "params", "macs", "val_accuracy", "test_accuracy", "start_accuracy", "lr",
@@ -282,15 +274,9 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
 
 def original(name: str, preset: str, root: Path | None = None) -> dict[str, float]:
     """The network that all methods of a comparison begin with: params, macs, and val_accuracy and test_accuracy in percent."""
-    of = Experiment(preset, name, root or project_root())
-    network = of.base_network()
-    val = images.load(of.settings.data).val.first(of.settings.val_images)
-    return {
-        "params": parameters(network),
-        "macs": multiply_adds(network, of.example_image()),
-        "val_accuracy": 100 * evaluate(network, val)[1],
-        "test_accuracy": 100 * evaluate(network, images.load_test(of.settings.data))[1],
-    }
+    from alphaprune.method_result import of_original
+
+    return of_original(Experiment(preset, name, root or project_root()))
 
 
 def leads(summary: pd.DataFrame, original_accuracy: float) -> pd.DataFrame:
@@ -417,9 +403,13 @@ def _run(
     budgets: tuple[float, ...],
 ) -> list[dict[str, Any]]:
     """All seeds and budgets of a method at a keep_ratio, with the rate that was found."""
+    from alphaprune.method_result import (
+        of_trained,  # brings torch, which what is wrong with the input need not wait for
+    )
+
     shared = {"method": method.method, "keep_ratio": keep_ratio, "lr": lr, "searched": searched}
     return [
-        shared | {"seed": seed} | _measure(method.train(lr, keep_ratio, seed, budget))
+        shared | {"seed": seed} | of_trained(method.train(lr, keep_ratio, seed, budget))
         for seed in seeds
         for budget in budgets
     ]
@@ -434,42 +424,6 @@ def climb(grid: Sequence[float], first: float, reached: Callable[[float], float]
         if best == i:
             return grid[i]
         i = best
-
-
-@torch.no_grad()
-def _measure(of: Experiment) -> dict[str, Any]:
-    """What the last stage's network, folded if it has branches, costs and scores; the test images are read once."""
-    last = of.stages[-1]
-    outcomes = [of.record(n.name)["outcome"] for n in of.stages]
-    seconds = sum(o["seconds"] + o.get("start_seconds", 0.0) for o in outcomes) + of.seconds_for_widths()
-    file = of.folder(last) / "final.json"
-    final = None
-    if file.is_file():
-        try:
-            final = read_record(file, FinalRecord)
-        except DamagedRecord as e:
-            warnings.warn(f"{e}; it is measured again", stacklevel=2)
-    if final is None:
-        model = of.model(last.name)
-        if isinstance(model, ParallelModel):
-            model = fold(model)[0]
-        test = images.load_test(of.settings.data)
-        final = {
-            "params": parameters(model),
-            "macs": multiply_adds(model, of.example_image()),
-            "test_accuracy": 100 * evaluate(model, test)[1],
-        }
-        write_json(file, final)
-    begun = of.stage_history(of.stages[0].name)
-    at_first = begun[(begun["split"] == "val") & (begun["epoch"] == 0)].set_index("metric")["value"]
-    start = at_first.get("fold_now_running", at_first["accuracy"])  # of what would be left
-    return {
-        "start_accuracy": 100 * start,
-        "images": sum(o["images"] for o in outcomes),
-        "seconds": seconds,
-        "val_accuracy": 100 * of.record(last.name)["metrics"]["val_accuracy"],
-        **final,
-    }
 
 
 def main(arguments: list[str] | None = None) -> None:

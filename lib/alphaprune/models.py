@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 from alphaprune.errors import UsageError
@@ -143,3 +144,8 @@ def resnet20(width: float = 1.0, classes: int = 10) -> ResNet:
 
 
 NETWORKS = {"vgg16": vgg16, "resnet20": resnet20}  # by the name an experiment file gives
+
+
+def example_image() -> Tensor:
+    """One image of the size these networks expect, (1, 3, 32, 32)."""
+    return torch.zeros(1, 3, 32, 32)

@@ -12,8 +12,7 @@ narrow program with what it reads in the teacher; the E that the branches have a
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -22,35 +21,7 @@ from torch.nn import functional as F
 from alphaprune.errors import UsageError
 from alphaprune.graph import Structure
 from alphaprune.parallel import ParallelModel
-
-Draw = Literal["fixed", "bernoulli", "uniform"]
-
-
-@dataclass(frozen=True)
-class Objective:
-    """The parts of a loss and their weights; see the module's formula.
-
-    Attributes:
-        distill: share of the teacher's soft labels, in [0, 1].
-        temperature: T, above 0.
-        match_logits, match_layers, alongside: weights of further parts, at least 0.
-        draw: each mixer's alpha in a batch of training: "fixed", that of the stage; "bernoulli", 1 with the stage's alpha as its
-            probability, else 0 (Xu et al., BERT-of-Theseus, 2020); "uniform", between 0 and the stage's.
-        hold_batchnorm: whether the BatchNorms of the wide program keep statistics and scale, so that what alpha takes from the
-            wide path is not given back by the next of them.
-    """
-
-    distill: float = 0.0
-    temperature: float = 4.0
-    match_logits: float = 0.0
-    match_layers: float = 0.0
-    alongside: float = 0.0
-    draw: Draw = "fixed"
-    hold_batchnorm: bool = False
-
-    @property
-    def needs_teacher(self) -> bool:
-        return bool(self.distill or self.match_logits or self.match_layers)
+from alphaprune.recipe import Draw, Objective
 
 
 class Teacher:

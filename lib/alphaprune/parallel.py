@@ -30,14 +30,13 @@ from torch.utils._pytree import tree_flatten
 from alphaprune.channel_map import ChannelMap, compose, compose_bias
 from alphaprune.errors import UsageError
 from alphaprune.graph import ChannelLayer, Mixer, attribute, read
-from alphaprune.initialise import Init, fit_branches, put_back
+from alphaprune.initialise import fit_branches, put_back
 from alphaprune.modes import in_eval_mode
+from alphaprune.recipe import Init
 from alphaprune.selection import select
 from alphaprune.trace import as_inputs, check_network, layers_in_place, trace
 from alphaprune.widths import KeepRatio, call, choose, for_target, is_narrow
 
-# Part of the identity of every stage with branches. Raise it when their names, their start or the order of their sums change.
-BRANCHES_VERSION = 3
 WIDE, NARROW = "wide", "narrow"
 BATCHNORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 INITIAL_BATCH = 100  # images at once while the branches are fitted

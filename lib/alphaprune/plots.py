@@ -11,16 +11,18 @@ import io
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import matplotlib
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from torch import Tensor
 
 from alphaprune.storage import write_bytes
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 STYLE = sns.axes_style("whitegrid") | sns.plotting_context("paper", font_scale=1.15) | {
     "svg.hashsalt": "alphaprune",  # the same figure gives the same file

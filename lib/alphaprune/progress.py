@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-from alphaprune.train import Outcome
+if TYPE_CHECKING:
+    from alphaprune.train import Outcome
 
 
 class Progress:

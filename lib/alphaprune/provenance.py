@@ -28,7 +28,6 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-import torch
 from PIL import Image, UnidentifiedImageError
 
 from alphaprune.errors import UsageError
@@ -42,6 +41,8 @@ OF_A_RUN = ("commit", "lock_sha256", "data_checksum", "hardware", "versions")
 
 def provenance(root: Path, command: str) -> dict[str, Any]:
     """Commit, lock, versions and hardware of this process, for a record, with the command that makes the record again."""
+    import torch  # whoever only reads what a figure carries need not wait for it
+
     git = shutil.which("git") and subprocess.run(
         ["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=root, capture_output=True, text=True
     )

@@ -13,21 +13,23 @@ import torch
 from torch import Tensor, nn
 
 from alphaprune import data as images
-from alphaprune.errors import UsageError
-from alphaprune.experiment import OF_ONE_EXPERIMENT, Experiment, in_yaml
+from alphaprune.errors import Damaged, UsageError
+from alphaprune.experiment import Experiment
 from alphaprune.fold import Certificate, fold
 from alphaprune.measure import multiply_adds, parameters
 from alphaprune.provenance import merged, of_records, provenance
-from alphaprune.records import DamagedRecord, FoldRecord, read_record
+from alphaprune.records import FoldRecord, read_record, write_record
 from alphaprune.settings import parameter_files
 from alphaprune.skips import SkipModel, remove_skips
-from alphaprune.storage import save_tensors, write_json
+from alphaprune.stages import OF_ONE_EXPERIMENT, in_yaml
+from alphaprune.storage import check_digest, digest_file, save_tensors
 from alphaprune.train import evaluate
 
 # Raise it when what `prune` measures or records changes; older records are then made anew.
 PRUNING_VERSION = 2
 CERTIFIED = 1000  # validation images that the certificate is measured on, at most
 COLUMNS = ["network", "val_accuracy", "test_accuracy", "parameters", "multiply_adds"]
+WEIGHTS = "weights.safetensors"
 ORIGINAL, UNFOLDED, FOLDED = "original", "alpha 0", "folded"
 
 
@@ -65,13 +67,15 @@ def prune(experiment: Experiment) -> Pruned:
 
 
 def load_pruned(experiment: Experiment) -> Pruned | None:
-    """What `prune` recorded for this very model, None if it has not run or its record is damaged."""
-    record = _folder(experiment) / "run.json"
+    """What `prune` recorded for this very model, None if it has not run, or its record or weights are damaged."""
+    record, weights = (_folder(experiment) / name for name in ("run.json", WEIGHTS))
     if not record.is_file():
         return None
     try:
         content = read_record(record, FoldRecord)
-    except DamagedRecord as e:
+        if weights.exists() or digest_file(weights).exists():  # else the record suffices
+            check_digest(weights, content["weights_sha256"])
+    except Damaged as e:
         warnings.warn(f"{e}; it is folded again", stacklevel=2)
         return None
     made = content["identity"], content.get("pruning_version")
@@ -97,7 +101,7 @@ def _prune(experiment: Experiment) -> Pruned:
         costs = parameters(network), multiply_adds(network, torch.zeros(1, 3, 32, 32))
         rows.append(dict(zip(COLUMNS, (name, validation, final, *costs), strict=True)))
     folder = _folder(experiment)
-    digest = save_tensors(folder / "weights.safetensors", small.state_dict())
+    digest = save_tensors(folder / WEIGHTS, small.state_dict())
     record: dict[str, Any] = {
         "experiment": s.experiment,
         "folds": experiment.to_fold(),
@@ -108,10 +112,10 @@ def _prune(experiment: Experiment) -> Pruned:
         "test_images": len(test),
         "certificate": asdict(certificate),
         "weights_sha256": digest,
-        "data_checksum": images.checksum(s.data),
+        "data_checksum": experiment.data_checksum,
         **provenance(experiment.root, _command(experiment)),
     }
-    write_json(folder / "run.json", record)
+    write_record(folder / "run.json", record)
     return Pruned(str(small), certificate, pd.DataFrame(rows, columns=COLUMNS))
 
 

@@ -1,33 +1,38 @@
-"""Records as they are read back: in the form they were written in, or they count as damaged.
+"""Records: written with the SHA-256 of what they say, and read back as they were written, or they count as damaged.
 
-A record lies in a folder that anything may have happened to. What is not JSON, is of another type, lacks a key or
-holds what is no finite number is named as damaged, and whoever asked makes it again.
+A record lies in a folder that anything may have happened to. What is not JSON, is of another type, lacks a key,
+holds what is no finite number or has another SHA-256 is named as damaged, and whoever asked makes it again.
+
+    {..., "record_format": 2, "record_sha256": that of the file as it would be without this line}
+
+Records made before there was a format carry no SHA-256. They are taken for what they say; those in git are safe there.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import pandas as pd
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from alphaprune.errors import UsageError
+from alphaprune.errors import Damaged
+from alphaprune.storage import json_bytes, write_bytes
 
 COLUMNS = ["experiment", "stage", "alpha", "lr", "step", "epoch", "split", "metric", "value"]
 BYTES = 64 * 1024 * 1024  # no record is nearly as large
+FORMAT = 2  # of records with a SHA-256; it stands in them, so that one that has lost it is not taken for an older one
+SEAL = ("record_format", "record_sha256")
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Whole = Annotated[int, Field(ge=0, lt=2**63)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
-
-
-class DamagedRecord(UsageError):
-    """A record that is there, but not in the form it was written in."""
 
 
 class _Form(BaseModel):
@@ -56,6 +61,7 @@ class StageRecord(_Form):
     metrics: _Metrics
     outcome: _Outcome
     weights_sha256: Digest
+    history_sha256: Digest | None = None  # not in those without a format
 
 
 class _Row(_Form):
@@ -85,6 +91,7 @@ class FoldRecord(_Form):
     """`run.json` of a folded network, see `prune`."""
 
     identity: Digest
+    weights_sha256: Digest
     pruning_version: int | None = None
     network: str
     table: Annotated[list[_Row], Field(min_length=1)]
@@ -109,41 +116,61 @@ class FinalRecord(_Form):
     test_accuracy: Annotated[float, Field(ge=0, le=100)]
 
 
+def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
+    """A record's content with its format and its SHA-256."""
+    whole = {**content, SEAL[0]: FORMAT}
+    return whole | {SEAL[1]: hashlib.sha256(json_bytes(whole)).hexdigest()}
+
+
+def write_record(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a record as JSON, sealed (raises UsageError where the disk does not take it)."""
+    write_bytes(path, json_bytes(sealed(content)))
+
+
 def read_record(path: Path, form: type[_Form]) -> dict[str, Any]:
-    """A record's content.
+    """A record's content, without format and SHA-256.
 
     Args:
-        path: a JSON file.
+        path: a file that `write_record` wrote, or an older one.
         form: what must stand in it.
 
     Raises:
-        DamagedRecord: naming the file and what is wrong with it.
+        Damaged: naming the file and what is wrong with it.
     """
     try:
-        content = parse_json(_read(path))
+        read = _read(path)
+        content = parse_json(read)
         form.model_validate(content)
+        told = {k: v for k, v in content.items() if k not in SEAL}
+        if len(told) < len(content) and read != json_bytes(sealed(told)):
+            raise ValueError("its content is not that of the SHA-256 it carries")
     except ValidationError as e:
         first = e.errors()[0]
         key = ".".join(str(part) for part in first["loc"])[:80]
-        raise DamagedRecord(f"{path} is damaged ({key}: {first['msg'][:120]})") from None
-    except (OSError, ValueError) as e:
-        raise DamagedRecord(f"{path} is damaged ({str(e)[:120]})") from None
-    return content
+        raise Damaged(f"{path} is damaged ({key}: {first['msg'][:120]})") from None
+    except (OSError, ValueError, RecursionError) as e:
+        raise Damaged(f"{path} is damaged ({str(e)[:120]})") from None
+    return told
 
 
-def read_history(path: Path, experiment: str | None = None, stage: str | None = None) -> pd.DataFrame:
+def read_history(
+    path: Path, experiment: str | None = None, stage: str | None = None, sha256: str | None = None
+) -> pd.DataFrame:
     """The measurements in a `history.csv`, one a row, in the columns `COLUMNS`.
 
     Args:
         path: the file.
         experiment, stage: whose measurements they must be; any one's if None.
+        sha256: of the file, as its record has it; None where that is an older one, which has none.
 
     Raises:
-        DamagedRecord: naming the file and what is wrong with it.
+        Damaged: naming the file and what is wrong with it.
     """
     text = dict.fromkeys(("experiment", "stage", "split", "metric"), str)
     try:
-        _read(path)
+        content = _read(path)
+        if sha256 is not None and hashlib.sha256(content).hexdigest() != sha256:
+            raise ValueError("its SHA-256 is not the one in its record")
         # Only an empty alpha means none: a stage may be called "nan".
         table = pd.read_csv(path, dtype=text, na_values={"alpha": [""]}, keep_default_na=False)
         if list(table.columns) != COLUMNS or table.empty:
@@ -160,7 +187,7 @@ def read_history(path: Path, experiment: str | None = None, stage: str | None = 
             if expected is not None and not (table[name] == expected).all():
                 raise ValueError(f"it belongs to another {name}")
     except (OSError, ValueError, OverflowError) as e:  # pandas' parser errors are ValueErrors
-        raise DamagedRecord(f"{path} is damaged ({str(e)[:120]})") from None
+        raise Damaged(f"{path} is damaged ({str(e)[:120]})") from None
     return table
 
 

@@ -13,7 +13,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
 
-from alphaprune.records import DamagedRecord, Seconds, Whole, parse_json
+from alphaprune.errors import Damaged
+from alphaprune.records import Seconds, Whole, parse_json
 
 _Number = Annotated[float, Field(allow_inf_nan=False)]
 
@@ -65,13 +66,13 @@ def read_state(
         model, optimizer, scheduler: those that the state is for; they are not changed.
 
     Raises:
-        DamagedRecord: if anything in it is of another form or of another network.
+        Damaged: if anything in it is of another form or of another network.
     """
     try:
         rest = parse_json(metadata.get("state", ""), infinity=True)
         _State.model_validate(rest)
     except (ValidationError, ValueError) as e:
-        raise DamagedRecord(f"the resume state is damaged ({str(e)[:200]})") from None
+        raise Damaged(f"the resume state is damaged ({str(e)[:200]})") from None
     expected: dict[str, Tensor] = {}
     for prefix in ("model/", "best/"):
         expected |= {prefix + name: value for name, value in model.state_dict().items()}
@@ -81,16 +82,16 @@ def read_state(
     if torch.cuda.is_available():
         optional["random/cuda"] = torch.cuda.get_rng_state()
     if not expected.keys() <= tensors.keys() <= expected.keys() | optional.keys():
-        raise DamagedRecord("the resume state is of another network")
+        raise Damaged("the resume state is of another network")
     for name, value in tensors.items():
         like = expected.get(name, optional.get(name))
         if value.shape != like.shape or value.dtype != like.dtype:
-            raise DamagedRecord(f"the resume state is of another network ('{name}')")
+            raise Damaged(f"the resume state is of another network ('{name}')")
     if len(rest["lr"]) != len(optimizer.param_groups):
-        raise DamagedRecord("the resume state has other learning rates")
+        raise Damaged("the resume state has other learning rates")
     own = {k: v for k, v in scheduler.state_dict().items() if k != "_anneal_func_type"}
     if not _alike(rest["scheduler"], own):
-        raise DamagedRecord("the resume state is of another schedule")
+        raise Damaged("the resume state is of another schedule")
     return rest
 
 

@@ -19,10 +19,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from alphaprune import yaml_text
 from alphaprune.errors import UsageError, shown
-from alphaprune.initialise import Init
-from alphaprune.objective import Draw, Objective
+from alphaprune.recipe import Draw, Init, Objective, Recipe
 from alphaprune.schedule import THRESHOLD, Kind, Order, alphas
-from alphaprune.train import Recipe
 
 Unit = Annotated[float, Field(ge=0, le=1)]
 # Bounds far beyond what anyone trains with: what is larger is a slip, and would run out of memory, time or float32.
@@ -63,7 +61,7 @@ class _Strict(BaseModel):
 
 
 class _Training(_Strict):
-    """How a stage trains besides its alpha and rate; `objective.Objective` has the formula."""
+    """How a stage trains besides its alpha and rate; `objective` has the formula."""
 
     train_wide: bool = True
     distill: Unit = 0.0

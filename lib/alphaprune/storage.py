@@ -9,13 +9,14 @@ import re
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
-from torch import Tensor
 
-from alphaprune.errors import UsageError
+from alphaprune.errors import Damaged, UsageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -51,13 +52,20 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def json_bytes(content: Any) -> bytes:
+    """`content` as JSON with sorted keys, the same for the same content; NaN and infinities are refused."""
+    return (json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n").encode()
+
+
 def write_json(path: Path, content: Any) -> None:
-    """Write `content` as JSON with sorted keys; NaN and infinities are refused."""
-    write_bytes(path, (json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n").encode())
+    """Write `content` as `json_bytes` has it."""
+    write_bytes(path, json_bytes(content))
 
 
 def as_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> bytes:
     """Tensors as the content of a safetensors file: the same for the same names and values, on any device."""
+    from safetensors.torch import save  # brings torch, which who only reads records need not wait for
+
     # Cloned, since safetensors takes no two tensors that share memory.
     return save({k: t.detach().cpu().clone().contiguous() for k, t in tensors.items()}, metadata)
 
@@ -67,7 +75,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
     content = as_bytes(tensors, dict(metadata or {}))
     digest = hashlib.sha256(content).hexdigest()
     write_bytes(path, content)
-    write_bytes(path.with_name(path.name + ".sha256"), f"{digest}  {path.name}\n".encode())
+    write_digest(path, digest)
     return digest
 
 
@@ -75,30 +83,46 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Read tensors and metadata written by `save_tensors`, checked against the SHA-256 beside them.
 
     Raises:
-        UsageError: if the file or its checksum is missing, or they disagree.
+        Damaged: if the file or its checksum is missing, they disagree, or the file holds no tensors.
     """
     check_digest(path)
     try:
         with safe_open(path, "pt") as f:
             return {k: f.get_tensor(k) for k in f.keys()}, dict(f.metadata() or {})  # noqa: SIM118 (not a dict)
     except SafetensorError as e:
-        raise UsageError(
-            f"{path} is not a readable safetensors file ({e}); delete it and run the same command again"
-        ) from None
+        raise Damaged(f"{path} is not a readable safetensors file ({e})") from None
 
 
-def check_digest(path: Path) -> str:
-    """The SHA-256 of `path`, found equal to the one recorded beside it (raises UsageError otherwise)."""
-    beside = path.with_name(path.name + ".sha256")
-    if not path.is_file() or not beside.is_file():
-        raise UsageError(
-            f"{path} or its .sha256 is missing; make it again (for pretrained weights: `make pretrain`)"
-        )
-    found = hashlib.sha256(path.read_bytes()).hexdigest()
+def digest_file(path: Path) -> Path:
+    """The file beside `path` that holds its SHA-256, in the form of `sha256sum`."""
+    return path.with_name(path.name + ".sha256")
+
+
+def write_digest(path: Path, digest: str) -> None:
+    """Write the SHA-256 of `path` beside it (raises UsageError where the disk does not take it)."""
+    write_bytes(digest_file(path), f"{digest}  {path.name}\n".encode())
+
+
+def digest_of(path: Path) -> str:
+    """The SHA-256 of what is in `path` now."""
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def check_digest(path: Path, recorded: str | None = None) -> str:
+    """The SHA-256 of `path`, found equal to the one beside it, and to the one of its record where that is given.
+
+    Raises:
+        Damaged: if they differ, or one is missing.
+    """
+    for needed in (path, digest_file(path)):
+        if not needed.is_file():
+            raise Damaged(f"{needed} is missing")
+    found = digest_of(path)
     if read_digest(path) != found:
-        raise UsageError(
-            f"{path} is damaged: its SHA-256 differs from {beside.name}; delete both and run the same command again"
-        )
+        raise Damaged(f"{path} is damaged: its SHA-256 differs from {digest_file(path).name}")
+    if recorded not in (None, found):
+        raise Damaged(f"{path} is damaged: its SHA-256 is not the one in its record")
     return found
 
 
@@ -106,16 +130,14 @@ def read_digest(path: Path) -> str:
     """The SHA-256 that is recorded beside `path`, not compared with its content.
 
     Raises:
-        UsageError: if the file beside it does not hold one.
+        Damaged: if the file beside it is not as `write_digest` writes it.
     """
-    beside = path.with_name(path.name + ".sha256")
+    beside = digest_file(path)
     try:
         with beside.open("rb") as f:
-            digest = f.read(64)
+            content = f.read(64 + len(path.name.encode()) + 4)
     except OSError as e:
-        raise UsageError(f"{beside} cannot be read ({e.strerror})") from None
-    if not re.fullmatch(rb"[0-9a-f]{64}", digest):
-        raise UsageError(
-            f"{beside} is damaged: it holds no SHA-256; delete it and {path.name} and run the same command again"
-        )
-    return digest.decode()
+        raise Damaged(f"{beside} cannot be read ({e.strerror})") from None
+    if not re.fullmatch(rb"[0-9a-f]{64}  " + re.escape(path.name.encode()) + rb"\n", content):
+        raise Damaged(f"{beside} is damaged: it does not hold the SHA-256 of {path.name} alone")
+    return content[:64].decode()

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,47 +28,16 @@ from alphaprune.data import Split, batches
 from alphaprune.errors import UsageError
 from alphaprune.interrupt import SafePoints
 from alphaprune.modes import in_eval_mode
-from alphaprune.objective import Loss, Objective
+from alphaprune.objective import Loss
+from alphaprune.recipe import Objective, Recipe
 from alphaprune.resume_state import read_state
-from alphaprune.storage import load_tensors, save_tensors
+from alphaprune.storage import digest_file, load_tensors, save_tensors
 
 with warnings.catch_warnings():  # its progress bars, which are not used here, ask for notebook widgets
     warnings.filterwarnings("ignore", message="IProgress not found")
     from accelerate import Accelerator
 
-# Part of every stage's identity. Raise it when a change here, in parallel.py or in data.py changes results.
-TRAINING_VERSION = 1
 SAVE_EVERY = 60.0  # seconds within an epoch
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How a stage trains.
-
-    Attributes:
-        lr: learning rate at the start ("plateau") or at its peak ("one_cycle").
-        lr_schedule: "plateau" multiplies the rate by `lr_factor` when the validation loss has not fallen for
-            more than `lr_patience` epochs, and the stage stops early after `patience` such epochs;
-            "one_cycle" rises and falls over exactly `max_epochs` epochs.
-        max_epochs: epochs at most.
-        patience: epochs without a lower validation loss after which a "plateau" stage ends.
-        batch_size: images a step.
-        momentum, weight_decay: of SGD.
-        label_smoothing: of the cross entropy.
-        log_every: steps between two rows of training accuracy.
-    """
-
-    lr: float
-    lr_schedule: Literal["plateau", "one_cycle"] = "plateau"
-    max_epochs: int = 400
-    patience: int = 25
-    lr_patience: int = 10
-    lr_factor: float = 0.5
-    batch_size: int = 128
-    momentum: float = 0.9
-    weight_decay: float = 0.0
-    label_smoothing: float = 0.0
-    log_every: int = 20
 
 
 @dataclass
@@ -365,7 +334,7 @@ class _State:
                 rest = read_state(tensors, metadata, self.model, self.optimizer, self.scheduler)
                 found.append((tensors, rest))
             except UsageError as e:  # cut off while it was written, or damaged since
-                if slot.is_file():
+                if slot.is_file() or digest_file(slot).exists():
                     warnings.warn(
                         f"{slot.name}: {e}. It goes on from the state before, with the same result",
                         stacklevel=2,

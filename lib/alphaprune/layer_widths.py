@@ -1,0 +1,72 @@
+"""The keep_ratio of each layer of an experiment: one for all, or by sensitivity, measured once and recorded."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from alphaprune import data, pretrained, sources
+from alphaprune.errors import Damaged, UsageError
+from alphaprune.models import NETWORKS, example_image
+from alphaprune.records import SensitivityRecord, read_record, write_record
+from alphaprune.sensitivity import allot, damages
+from alphaprune.settings import Settings
+from alphaprune.train import accelerator_for_this_machine
+
+# Part of the identity of widths by sensitivity. Raise it when what is measured changes.
+SENSITIVITY_VERSION = 1
+SENSITIVITY_IMAGES = 1000  # at most
+
+
+def ratios(settings: Settings, root: Path) -> float | dict[str, float]:
+    """What the settings' keep_ratio means for each layer: one number for all, or by layer name (raises UsageError)."""
+    if settings.widths == "uniform":
+        return settings.keep_ratio
+    damage = measured(settings, root)["damages"]
+    network = NETWORKS[settings.network](settings.width).eval()
+    curves = {group: {float(r): d for r, d in curve.items()} for group, curve in damage.items()}
+    try:
+        return allot(network, curves, settings.keep_ratio, example_image())
+    except UsageError as e:
+        where = f"results/{settings.preset}/sensitivity"
+        raise UsageError(f"{where}: {e}: delete that folder and run the same command again") from None
+
+
+def measured(settings: Settings, root: Path) -> dict[str, Any]:
+    """What narrowing single layers does to the pretrained network, in the form of `records.SensitivityRecord`; measured where it is
+    not recorded."""
+    determines = [
+        SENSITIVITY_VERSION,
+        pretrained.digest(settings, root),
+        sources.checksum(settings.data),
+        settings.train_images,
+        settings.init_images,
+    ]
+    identity = hashlib.sha256(json.dumps(determines).encode()).hexdigest()
+    record = root / "results" / settings.preset / "sensitivity" / f"{identity[:8]}.json"
+    if record.is_file():
+        try:
+            content = read_record(record, SensitivityRecord)
+            if content["identity"] == identity:
+                return content
+        except Damaged as e:
+            warnings.warn(f"{e}; it is measured again", stacklevel=2)
+    started = time.monotonic()
+    device = accelerator_for_this_machine().device
+    seen = first_images(settings)[:SENSITIVITY_IMAGES].to(device)
+    found = damages(pretrained.network(settings, root).eval().to(device), seen)
+    content = {"identity": identity, "damages": found, "seconds": round(time.monotonic() - started, 1)}
+    write_record(record, content)
+    return content
+
+
+def first_images(settings: Settings) -> Tensor:
+    """The training images that branches are fitted to and widths measured on, (N, 3, H, W), normalised."""
+    train = data.load(settings.data).train.first(settings.train_images)
+    return next(data.batches(train, settings.init_images))[0]

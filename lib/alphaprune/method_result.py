@@ -1,0 +1,73 @@
+"""What a method of a comparison comes to: its last network's costs and scores, measured once and recorded as `final.json`."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import nn
+
+from alphaprune import data
+from alphaprune.errors import Damaged
+from alphaprune.experiment import Experiment
+from alphaprune.fold import fold
+from alphaprune.measure import multiply_adds, parameters
+from alphaprune.parallel import ParallelModel
+from alphaprune.records import FinalRecord, read_record, write_record
+from alphaprune.train import evaluate
+
+
+@torch.no_grad()
+def of_trained(of: Experiment) -> dict[str, Any]:
+    """What the last stage's network, folded if it has branches, costs and scores; the test images are read once.
+
+    Args:
+        of: a method's experiment, all of whose stages are recorded.
+
+    Returns:
+        The columns of `comparison.COLUMNS` from `images` to `start_accuracy`; accuracies in percent.
+    """
+    last = of.stages[-1]
+    outcomes = [of.record(n.name)["outcome"] for n in of.stages]
+    seconds = sum(o["seconds"] + o.get("start_seconds", 0.0) for o in outcomes) + of.seconds_for_widths()
+    file = of.folder(last) / "final.json"
+    final = None
+    if file.is_file():
+        try:
+            final = read_record(file, FinalRecord)
+        except Damaged as e:
+            warnings.warn(f"{e}; it is measured again", stacklevel=2)
+    if final is None:
+        model = of.model(last.name)
+        final = _costs(fold(model)[0] if isinstance(model, ParallelModel) else model, of)
+        write_record(file, final)
+    begun = of.stage_history(of.stages[0].name)
+    at_first = begun[(begun["split"] == "val") & (begun["epoch"] == 0)].set_index("metric")["value"]
+    start = at_first.get("fold_now_running", at_first["accuracy"])  # of what would be left
+    return {
+        "start_accuracy": 100 * start,
+        "images": sum(o["images"] for o in outcomes),
+        "seconds": seconds,
+        "val_accuracy": 100 * of.record(last.name)["metrics"]["val_accuracy"],
+        **final,
+    }
+
+
+def of_original(of: Experiment) -> dict[str, float]:
+    """The network that all methods of a comparison begin with: params, macs, and val_accuracy and test_accuracy in percent.
+
+    Args:
+        of: the experiment of a preset that the comparison has its settings from.
+    """
+    network = of.base_network()
+    val = data.load(of.settings.data).val.first(of.settings.val_images)
+    return _costs(network, of) | {"val_accuracy": 100 * evaluate(network, val)[1]}
+
+
+def _costs(network: nn.Module, of: Experiment) -> dict[str, Any]:
+    return {
+        "params": parameters(network),
+        "macs": multiply_adds(network, of.example_image()),
+        "test_accuracy": 100 * evaluate(network, data.load_test(of.settings.data))[1],
+    }

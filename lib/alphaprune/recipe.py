@@ -1,0 +1,71 @@
+"""How a stage trains, as plain data: what `settings` reads and `train` does. It loads without torch, which takes seconds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+# Part of every stage's identity. Raise it when a change in train.py, parallel.py or data.py changes results.
+TRAINING_VERSION = 1
+# Part of the identity of every stage with branches. Raise it when their names, their start or the order of
+# their sums change.
+BRANCHES_VERSION = 3
+Init = Literal["random", "select", "least_squares"]  # what branches start from, see `initialise`
+Draw = Literal["fixed", "bernoulli", "uniform"]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a stage trains.
+
+    Attributes:
+        lr: learning rate at the start ("plateau") or at its peak ("one_cycle").
+        lr_schedule: "plateau" multiplies the rate by `lr_factor` when the validation loss has not fallen for
+            more than `lr_patience` epochs, and the stage stops early after `patience` such epochs;
+            "one_cycle" rises and falls over exactly `max_epochs` epochs.
+        max_epochs: epochs at most.
+        patience: epochs without a lower validation loss after which a "plateau" stage ends.
+        batch_size: images a step.
+        momentum, weight_decay: of SGD.
+        label_smoothing: of the cross entropy.
+        log_every: steps between two rows of training accuracy.
+    """
+
+    lr: float
+    lr_schedule: Literal["plateau", "one_cycle"] = "plateau"
+    max_epochs: int = 400
+    patience: int = 25
+    lr_patience: int = 10
+    lr_factor: float = 0.5
+    batch_size: int = 128
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    label_smoothing: float = 0.0
+    log_every: int = 20
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The parts of a loss and their weights; see the formula in `objective`.
+
+    Attributes:
+        distill: share of the teacher's soft labels, in [0, 1].
+        temperature: T, above 0.
+        match_logits, match_layers, alongside: weights of further parts, at least 0.
+        draw: each mixer's alpha in a batch of training: "fixed", that of the stage; "bernoulli", 1 with the stage's alpha as its
+            probability, else 0 (Xu et al., BERT-of-Theseus, 2020); "uniform", between 0 and the stage's.
+        hold_batchnorm: whether the BatchNorms of the wide program keep statistics and scale, so that what alpha takes from the
+            wide path is not given back by the next of them.
+    """
+
+    distill: float = 0.0
+    temperature: float = 4.0
+    match_logits: float = 0.0
+    match_layers: float = 0.0
+    alongside: float = 0.0
+    draw: Draw = "fixed"
+    hold_batchnorm: bool = False
+
+    @property
+    def needs_teacher(self) -> bool:
+        return bool(self.distill or self.match_logits or self.match_layers)

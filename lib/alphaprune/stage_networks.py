@@ -1,0 +1,144 @@
+"""The network that a stage begins with, and the one that it left."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.swa_utils import update_bn
+
+from alphaprune import pretrained
+from alphaprune.errors import Damaged
+from alphaprune.fold import fold
+from alphaprune.identity import BASE, Node
+from alphaprune.layer_widths import first_images, ratios
+from alphaprune.models import NETWORKS, example_image
+from alphaprune.narrowing import from_scratch, torch_pruning
+from alphaprune.parallel import ParallelModel
+from alphaprune.schedule import staggered
+from alphaprune.skips import SkipModel
+from alphaprune.stages import Stages
+from alphaprune.train import derive_seed
+from alphaprune.weights import load_weights
+
+STATISTICS_BATCH = 250  # images, for BatchNorm
+
+
+class StageNetworks:
+    """The networks of an experiment's stages.
+
+    Args:
+        of: the experiment; weights are read where it says.
+    """
+
+    def __init__(self, of: Stages):
+        self.of = of
+
+    def begun(self, node: Node) -> nn.Module:
+        """The model a stage trains, with the weights it starts from."""
+        if node.narrowed_at:
+            model = self._narrow(node.narrowed_at)
+            if node.narrowed_at is not node:
+                self._load(model, node.parent)
+            return model
+        if isinstance(node.parent, Node) and node.parent.stage.alpha is not None and not node.stage.refit:
+            model = self._parallel(node)
+            self._load(model, node.parent)
+        elif node.stage.alpha is None:
+            model = self._network(node)
+        else:
+            model = self._parallel(node, fitted=True)
+        if node.stage.alpha is not None:
+            _set_alpha(model, node)
+        if isinstance(model, ParallelModel):
+            model.train_wide = node.stage.train_wide
+            model.hold_batchnorm = node.stage.hold_batchnorm
+        return model
+
+    def trained(self, node: Node) -> nn.Module:
+        """The model that a stage left, in eval mode: at its alpha, or plain where it has none."""
+        if node.narrowed_at:
+            model = self._narrow(node.narrowed_at)
+            self._load(model, node)
+            return model.eval()
+        model = self._parallel(node)
+        self._load(model, node)
+        _set_alpha(model, node)
+        return model.eval()
+
+    def wide_program(self, node: Node) -> nn.Module:
+        """The wide network of a stage with branches, as it is without them: its BatchNorms measure their statistics anew."""
+        network = copy.deepcopy(self.trained(node).network)
+        update_bn(first_images(node.settings).split(STATISTICS_BATCH), network)
+        return network.eval()
+
+    def pretrained(self, node: Node) -> nn.Module:
+        """The pretrained network of a stage's settings."""
+        return pretrained.network(node.settings, self.of.root)
+
+    def _load(self, network: nn.Module, node: Node) -> None:
+        """Put the weights that a stage left into a network."""
+        try:
+            load_weights(network, self.of.weights(node))
+        except Damaged as e:  # since the run began, which would have trained it anew
+            raise Damaged(
+                f"{e}; run the same command again: stage {node.name} is then trained anew"
+            ) from None
+
+    def _narrow(self, node: Node) -> nn.Module:
+        """The plain narrow network that a stage with `narrow` begins with."""
+        how = node.stage.narrow
+        torch.manual_seed(derive_seed(node.key, 0))
+        if how.startswith("torch-pruning"):
+            network = self.pretrained(node)
+            shares = ratios(node.settings, self.of.root)
+            return torch_pruning(network, shares, how.rpartition("-")[2], example_image())
+        if isinstance(node.parent, Node) and not node.stage.refit:
+            model = self._parallel(node.parent)
+            self._load(model, node.parent)
+        else:
+            model = self._parallel(node, fitted=how == "fold")
+        if how == "scratch":
+            torch.manual_seed(derive_seed(node.key, 0))
+            return from_scratch(model)
+        model.alpha = 0.0
+        return fold(model)[0]
+
+    def _network(self, node: Node) -> nn.Module:
+        """The plain network a stage trains, or that the branches are put beside."""
+        if node.parent == BASE:
+            return self.pretrained(node)
+        torch.manual_seed(derive_seed(node.key, 0))
+        network = NETWORKS[node.settings.network](node.settings.width)
+        if isinstance(node.parent, Node):
+            self._load(network, node.parent)
+        return network
+
+    def _parallel(self, node: Node, fitted: bool = False) -> ParallelModel | SkipModel:
+        """The model with an alpha around a stage's first ancestor; its branches depend on the seed alone.
+
+        `fitted` starts them as the settings' `init` says; without, they wait for weights to be loaded.
+        """
+        first = node
+        while (
+            not first.stage.refit and isinstance(first.parent, Node) and first.parent.stage.alpha is not None
+        ):
+            first = first.parent
+        network = self.wide_program(first.parent) if first.stage.refit else self._network(first)
+        s = node.settings
+        if s.anneal == "skips":
+            return SkipModel(network, example_image())
+        torch.manual_seed(derive_seed(s.seed, "branches"))
+        init = node.stage.refit or s.init
+        options: dict[str, Any] = {}
+        if fitted and init != "random":
+            options = {"init": init, "images": first_images(s)}
+        # Behind the seed: finding the ratios draws random numbers too, and results recorded so far depend on it.
+        return ParallelModel(network, ratios(s, self.of.root), example_image(), **options)
+
+
+def _set_alpha(model: ParallelModel | SkipModel, node: Node) -> None:
+    alpha, order = node.stage.alpha, node.stage.order
+    model.alpha = alpha if order == "together" else staggered(alpha, len(model.expand), order)

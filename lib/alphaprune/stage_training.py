@@ -1,0 +1,111 @@
+"""One stage trained and recorded: from the network it begins with to its weights, its history and, last, its record."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from typing import Any
+
+import pandas as pd
+
+from alphaprune import data as images
+from alphaprune.blend import WIDE_SHARE, wide_share
+from alphaprune.identity import Node
+from alphaprune.interrupt import Interrupted
+from alphaprune.parallel import ParallelModel
+from alphaprune.progress import Progress
+from alphaprune.provenance import provenance
+from alphaprune.records import COLUMNS, write_record
+from alphaprune.stage_networks import StageNetworks
+from alphaprune.stages import Stages
+from alphaprune.storage import save_tensors, write_bytes
+from alphaprune.train import Outcome, accelerator_for_this_machine, evaluate, fit
+
+SHARE_IMAGES = 500  # at most, for `wide_share`
+
+
+def train_stage(of: Stages, node: Node, data: images.Dataset, progress: Progress) -> None:
+    """Train a stage, or go on with it, and record it.
+
+    Args:
+        of: the experiment whose folders are written.
+        node: the stage; the weights of what it starts from are there.
+        data: the images of its settings.
+        progress: is told of every epoch and of the end.
+
+    Raises:
+        Interrupted: after a signal, once the state is on disk.
+        UsageError: if weights or images do not fit, or the disk does not take what is written.
+    """
+    s, stage, folder = node.settings, node.stage, of.folder(node)
+    networks = StageNetworks(of)
+    started = time.monotonic()
+    model = networks.begun(node)
+    start_seconds = time.monotonic() - started
+    val, train = data.val.first(s.val_images), data.train.first(s.train_images)
+    objective = stage.objective()
+    teacher = networks.pretrained(node) if objective.needs_teacher else None
+
+    def fold_now() -> float:
+        """What the network would score if it were folded at this moment."""
+        alpha, model.alpha = model.alpha, 0.0
+        accuracy = evaluate(model, val, accelerator=accelerator_for_this_machine())[1]
+        model.alpha = alpha
+        return accuracy
+
+    def share() -> dict[str, float]:
+        """How much of what each mixer reads comes from the wide program."""
+        if not isinstance(model, ParallelModel) or stage.alpha == 0:
+            return {}
+        seen = next(images.batches(val.to(next(model.parameters()).device), SHARE_IMAGES))[0]
+        return {f"{WIDE_SHARE}{layer}": s for layer, s in wide_share(model, seen).items()}
+
+    def measure(epoch: int) -> dict[str, float]:
+        if stage.alpha is None or epoch % s.fold_now_every:
+            return {}
+        return {"fold_now_running": fold_now(), **share()}
+
+    checkpoint = folder / "resume.safetensors"
+    try:
+        outcome = fit(
+            model, train, val, s.recipe(stage), node.key, checkpoint, progress.epoch, objective, teacher, measure
+        )  # fmt: skip
+    except Interrupted as e:
+        raise Interrupted(e.number, f"stage {node.name} is {e.where}") from None
+    metrics = {"val_accuracy": outcome.reached}
+    if stage.alpha is not None:
+        metrics["fold_now"] = fold_now()
+        last = {"step": outcome.steps, "epoch": outcome.epochs, "split": "val"}
+        outcome.history.append(last | {"metric": "fold_now", "value": metrics["fold_now"]})
+    digest = save_tensors(of.weights(node), model.state_dict())
+    table = pd.DataFrame(outcome.history).assign(
+        experiment=s.experiment, stage=stage.name, alpha=stage.alpha, lr=stage.lr
+    )
+    history = table[COLUMNS].to_csv(index=False).encode()
+    write_bytes(folder / "history.csv", history)
+    digests = {"weights_sha256": digest, "history_sha256": hashlib.sha256(history).hexdigest()}
+    # Last, since it makes the stage recorded.
+    write_record(folder / "run.json", _record(of, node, outcome, metrics, start_seconds) | digests)
+    for leftover in (*folder.glob("resume.*"), *folder.glob(".*.tmp")):
+        leftover.unlink()
+    progress.end(outcome, metrics)
+
+
+def _record(
+    of: Stages, node: Node, outcome: Outcome, metrics: dict[str, float], start_seconds: float
+) -> dict[str, Any]:
+    summary = {k: v for k, v in vars(outcome).items() if k != "history"}
+    summary["seconds"] = round(outcome.seconds, 2)
+    summary["start_seconds"] = round(start_seconds, 2)
+    return {
+        "identity": node.identity,
+        "determines": node.determines,
+        "experiment": node.settings.experiment,
+        "stage": node.stage.model_dump(by_alias=True),
+        "parent": node.parent.identity if isinstance(node.parent, Node) else node.parent,
+        "settings": node.settings.model_dump(mode="json", exclude={"stages", "title"}),
+        "metrics": metrics,
+        "outcome": summary,
+        "data_checksum": of.data_checksum,
+        **provenance(of.root, of.command),
+    }
