@@ -153,7 +153,9 @@ def growth(table: pd.DataFrame, title: str) -> Figure:
                 )
             ax.set_xscale("log")
             ax.set_yscale("log")
-            ax.set_xticks(plain["at"], [f"{a:g}" for a in plain["at"]])
+            places = plain["at"].tolist()
+            near = [b / a < 1.2 for a, b in zip(places, [*places[1:], float("inf")], strict=True)]
+            ax.set_xticks(places, ["" if n else f"{a:.3g}" for a, n in zip(places, near, strict=True)])
             ax.minorticks_off()
             reference = plain.iloc[-1]
             ax.set_xlabel(axis)

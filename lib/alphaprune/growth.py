@@ -51,8 +51,8 @@ def growth(
 
     Returns:
         One row an axis, place and network: `axis`, `at`, `network`; `milliseconds` (median of a step), `spread`, `runs`, `others`, `trusted`, `threads` as of
-        `timing.alternate`; `memory`, MiB that a step holds at most above the baseline, as of `memory.memory` (of plain networks); `parameters`,
-        `multiply_adds` (of one image, forward); `time_share`, `memory_share` and `predicted`, the multiply-adds' share, of those
+        `timing.alternate`; `memory`, MiB that a step holds at most above the baseline, as of `memory.memory`, `parameters` and
+        `multiply_adds` (of one image, forward) of plain networks; `time_share`, `memory_share` and `predicted`, the multiply-adds' share, of those
         of the plain network at the reference. The reference of the axis keep_ratio is 1.0, the network that is narrowed.
     """
     networks: dict[str, Callable[[float], dict[str, _Point]]] = {
@@ -86,15 +86,15 @@ def _measured(
     # Memory and cost first: a training step changes the network.
     rows: list[dict[str, Any]] = []
     for (at, name), p in points.items():
-        held = None
-        if not isinstance(p.network, ParallelModel):
+        held, cost = None, {}
+        if not isinstance(p.network, ParallelModel):  # whose cost is partly one of a step and not of an image
+            cost = {
+                "parameters": parameters(p.network),
+                "multiply_adds": multiply_adds(p.network, p.batch[:1]),
+            }
             found = memory(p.network, p.batch, SECONDS_OF_MEMORY, threads, training=True)
             held = (found.peak - found.baseline) / MIB
-        cost = {
-            "parameters": parameters(p.network),
-            "multiply_adds": multiply_adds(p.network, p.batch[:1]),
-        }
-        rows.append({"axis": axis, "at": at, "network": name, "memory": held, **cost})
+        rows.append({"axis": axis, "at": at, "network": name, "memory": held} | cost)
     steps = {f"{at:g} {name}": training_step(p.network, p.batch) for (at, name), p in points.items()}
     times = alternate(steps, seconds, threads).reset_index(drop=True)
     table = pd.DataFrame(rows).join(times[["spread", "runs", "others", "trusted", "threads"]])
