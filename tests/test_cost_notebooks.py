@@ -37,11 +37,11 @@ def test_what_to_deploy_with(measured):
 def test_how_cost_grows(measured):
     table = pd.read_csv(measured / "how_cost_grows.csv")
     assert list(table["axis"].unique()) == ["width", "keep_ratio", "depth", "image size"]
-    plain = table[table["network"] == "plain network"]
+    plain = table[table["network"] == "plain"]
     for _, own in plain.groupby("axis"):
         assert own["predicted"].iloc[-1] == 1 and own["predicted"].is_monotonic_increasing
         assert own["time_share"].iloc[-1] == 1 and own["memory_share"].iloc[-1] == 1
-    assert set(table["network"]) == {"plain network", "at alpha 0"}
+    assert set(table["network"]) == {"plain", "at alpha 0"}
     sizes = plain[plain["axis"] == "image size"]
     assert sizes["predicted"].iloc[0] == pytest.approx(1 / 4, rel=0.05)
 

@@ -62,11 +62,14 @@ def test_a_spread_above_15_percent_is_not_trusted(monkeypatch):
 
 
 def test_nor_is_what_another_process_computed_beside(monkeypatch):
-    alone, beside = (
-        alternate({"f": Clock(monkeypatch, others).takes(1.0)}, seconds=10) for others in (0.1, 0.9)
+    monkeypatch.setattr("alphaprune.timing.psutil.cpu_count", lambda: 2)
+    alone, beside, elsewhere = (
+        alternate({"f": Clock(monkeypatch, others).takes(1.0)}, seconds=10, threads=threads)
+        for others, threads in ((0.1, 2), (0.9, 2), (0.9, 1))
     )
     assert alone.at["f", "others"] == pytest.approx(0.1) and alone.at["f", "trusted"]
     assert beside.at["f", "others"] == pytest.approx(0.9) and not beside.at["f", "trusted"]
+    assert elsewhere.at["f", "trusted"]  # one of two cores was left free
 
 
 def test_what_is_short_is_timed_in_blocks(monkeypatch):

@@ -134,7 +134,7 @@ def growth(table: pd.DataFrame, title: str) -> Figure:
         panels = figure.subplots(1, len(axes_names), squeeze=False)[0]
         for ax, axis in zip(panels, axes_names, strict=True):
             own = table[table["axis"] == axis].sort_values("at")
-            plain = own[own["network"] == "plain network"]
+            plain = own[own["network"] == "plain"]
             ax.plot(plain["at"], plain["predicted"], color=PREDICTED, ls="--", lw=1.2, label="multiply-adds")
             _line(ax, plain, "time_share", PRUNED, "o", "time of a step")
             ax.plot(
@@ -146,24 +146,37 @@ def growth(table: pd.DataFrame, title: str) -> Figure:
                 lw=1.4,
                 label="memory, peak",
             )
-            beside = own[own["network"] != "plain network"]
+            beside = own[own["network"] != "plain"]
             if len(beside):
                 _line(
                     ax, beside, "time_share", "crimson", "^", "time of a step with the branches, at alpha 0"
                 )
             ax.set_xscale("log")
             ax.set_yscale("log")
-            ax.set_xticks(plain["at"], [f"{a:g}" for a in plain["at"]])
+            places = plain["at"].tolist()
+            near = [b / a < 1.2 for a, b in zip(places, [*places[1:], float("inf")], strict=True)]
+            ax.set_xticks(places, ["" if n else f"{a:.3g}" for a, n in zip(places, near, strict=True)])
             ax.minorticks_off()
             reference = plain.iloc[-1]
             ax.set_xlabel(axis)
             ax.set_title(
-                f"of {reference['milliseconds']:,.0f} ms and {reference['memory']:,.0f} MiB at {reference['at']:g}",
+                f"1 is {reference['milliseconds']:,.0f} ms and {reference['memory']:,.0f} MiB, at {reference['at']:g}",
                 fontsize="small",
             )
         panels[0].set_ylabel("share of the reference (logarithmic)")
+        if not table["trusted"].all():
+            panels[0].plot(
+                [],
+                [],
+                ls="",
+                color="#777777",
+                marker="o",
+                ms=5,
+                markerfacecolor="white",
+                label="hollow: not to be trusted",
+            )
         named = {label: h for ax in panels for h, label in zip(*ax.get_legend_handles_labels(), strict=True)}
-        figure.legend(named.values(), named, loc="outside lower center", ncols=4, frameon=False)
+        figure.legend(named.values(), named, loc="outside lower center", ncols=5, frameon=False)
         figure.suptitle(title)
     return figure
 

@@ -1,7 +1,7 @@
 """How long things take, side by side: the alternatives take turns, so that whatever else the machine does falls on all of
 them alike.
 
-When to trust it: the middle half of the runs spans at most 15 % of their median, and other processes had less than a quarter of a core.
+When to trust it: the middle half of the runs spans at most 15 % of their median, and other processes took less than a quarter of a core that torch would have used.
 The spread alone does not tell. Beside one process that always computes, a network on two cores waits for the slower thread behind every
 layer: measured so, a narrow VGG-16 was slower by half and more than alone, at a spread of 2 %.
 """
@@ -22,7 +22,7 @@ import torch
 from alphaprune.errors import UsageError
 
 TRUSTED_SPREAD = 0.15  # interquartile range over median
-TRUSTED_OTHERS = 0.25  # cores
+TRUSTED_OTHERS = 0.25  # cores, beyond those that torch leaves free
 ROUNDS = 5  # at least; of fewer, quartiles say nothing
 BLOCK = 0.02  # seconds that what is faster is repeated for, each time it is its turn
 COLUMNS = ["median", "iqr", "spread", "runs", "ratio", "others", "trusted", "threads"]
@@ -45,7 +45,8 @@ def alternate(
         One row a name (the index, called `alternative`): `median` and `iqr`, the interquartile range, in seconds a call; `spread`, the iqr as
         a share of the median; `runs`, how many blocks were timed; `ratio`, how many times as fast as the first it is: the
         median over rounds of the first's time over its own in the same round; `others`, how many cores other processes kept busy
-        meanwhile; `trusted`, whether spread and others are at most `TRUSTED_SPREAD` and `TRUSTED_OTHERS`; `threads`.
+        meanwhile; `trusted`, whether the spread is at most `TRUSTED_SPREAD`, and others at most `TRUSTED_OTHERS` more than the cores
+        that `threads` leaves free; `threads`.
 
     Raises:
         UsageError: if there is nothing to time, or seconds or threads are no positive numbers.
@@ -71,8 +72,9 @@ def alternate(
                 times[name].append(t.timeit(calls[name]) / calls[name])
         table = pd.DataFrame([_row(own, first) for own in times.values()])
         table["others"] = _others(before, _busy())
-        table["trusted"] = (table["spread"] <= TRUSTED_SPREAD) & (table["others"] <= TRUSTED_OTHERS)
         table["threads"] = torch.get_num_threads()
+    free = max(0, (psutil.cpu_count() or 1) - int(table["threads"].iloc[0]))
+    table["trusted"] = (table["spread"] <= TRUSTED_SPREAD) & (table["others"] <= free + TRUSTED_OTHERS)
     return table.set_index(pd.Index(times, name="alternative"))[COLUMNS]
 
 

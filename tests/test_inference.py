@@ -1,0 +1,118 @@
+"""The optimised network computes the same, with fewer operations, and is used as the one before."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torchvision.models import densenet121, mobilenet_v3_small, resnet18
+
+from alphaprune import ParallelModel, UsageError, fold, optimise_for_inference
+from alphaprune.models import resnet20, vgg16
+
+IMAGES = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+def trained(network: nn.Module, images: torch.Tensor = IMAGES) -> nn.Module:
+    """With statistics and factors in its BatchNorms that are not 0 and 1."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for m in network.modules():
+            if isinstance(m, nn.BatchNorm2d):
+                m.weight.uniform_(0.5, 1.5)
+                m.bias.normal_()
+        network.train()(images)
+    return network.eval()
+
+
+def batchnorms(network: nn.Module) -> int:
+    return sum(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in network.modules())
+
+
+@pytest.mark.parametrize("make", [lambda: vgg16(0.25), resnet20, resnet18, mobilenet_v3_small])
+def test_it_computes_the_same_without_batchnorm(make):
+    network = trained(make())
+    before = copy.deepcopy(network.state_dict())
+    fast = optimise_for_inference(network, IMAGES)
+    others = torch.randn(3, 3, 32, 32)
+    torch.testing.assert_close(
+        fast(others), network(others), rtol=0, atol=1e-4 * float(network(others).abs().max())
+    )
+    assert batchnorms(network) > 0 and batchnorms(fast) == 0 and not fast.training
+    assert not any(p.requires_grad for p in fast.parameters())
+    assert all(torch.equal(v, before[k]) for k, v in network.state_dict().items())
+
+
+def test_a_folded_network_is_optimised():
+    model = ParallelModel(trained(vgg16(0.25)), 0.5, IMAGES)
+    model.alpha = 0.0
+    small, _ = fold(model)
+    fast = optimise_for_inference(small, IMAGES)
+    assert fast.get_submodule("features.0").out_channels == small.features[0].out_channels
+    torch.testing.assert_close(fast(IMAGES), small(IMAGES), rtol=1e-3, atol=1e-4)
+
+
+def test_batchnorm_stays_where_something_stands_between():
+    network = trained(densenet121(), torch.randn(2, 3, 64, 64))
+    fast = optimise_for_inference(network, torch.randn(2, 3, 64, 64))
+    assert 0 < batchnorms(fast) < batchnorms(network)
+
+
+def test_in_bfloat16_it_takes_and_gives_float32():
+    network = trained(resnet20())
+    fast = optimise_for_inference(network, IMAGES, torch.bfloat16)
+    found, expected = fast(IMAGES), network(IMAGES)
+    assert found.dtype == torch.float32 and fast.conv.weight.dtype == torch.bfloat16
+    assert 0 < float((found - expected).abs().max()) < 0.1 * float(expected.abs().max())
+
+
+class Twice(nn.Module):
+    """One convolution in two places, with a BatchNorm of its own behind each."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3, padding=1)
+        self.first, self.second = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+
+    def forward(self, x):
+        x = self.first(self.conv(x))
+        return self.second(self.conv(x)), x.argmax(1)
+
+
+def test_a_layer_used_twice_and_whole_numbers():
+    network = trained(Twice())
+    for dtype in (None, torch.bfloat16):
+        fast = optimise_for_inference(network, IMAGES, dtype)
+        assert batchnorms(fast) == 0
+        (found, places), (expected, same) = fast(IMAGES), network(IMAGES)
+        assert float((found - expected).abs().max()) < (0.1 if dtype else 1e-5) * float(expected.abs().max())
+        assert places.dtype == same.dtype == torch.int64 and (dtype or torch.equal(places, same))
+
+
+class Sensitive(nn.Module):
+    """What a network may do that fewer bits destroy: take the difference of two nearly equal numbers."""
+
+    def forward(self, x):
+        return (self.conv(x) + 1e4) - 1e4
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 2, 1)
+
+
+@pytest.mark.parametrize(
+    ("network", "options", "message"),
+    [
+        (
+            Sensitive(),
+            {"dtype": torch.bfloat16},
+            "does not compute the same once it is optimised in bfloat16; leave dtype out",
+        ),
+        (vgg16(0.125), {"dtype": torch.int8}, "dtype is torch.int8; use one of torch.float64"),
+        (vgg16(0.125), {"example_input": torch.zeros(1, 4, 32, 32)}, "does not pass through the network"),
+        ("network", {}, "is no torch.nn.Module"),
+    ],
+)
+def test_what_cannot_be_optimised_is_refused(network, options, message):
+    with pytest.raises(UsageError, match=message):
+        optimise_for_inference(network, **({"example_input": IMAGES} | options))
