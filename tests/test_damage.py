@@ -158,7 +158,7 @@ def test_pretrained_weights_are_made_good_by_whoever_needs_them_first(damaged_pr
         said = p.run(first)
         assert any(str(path.relative_to(p.root)) in line for line in said), said
         assert not any(TRAINED.search(line) for line in said)
-        assert path.read_bytes() == p.kept[path]
+        assert p.contents()[path] == OF_THE_CLOCK.sub(b"", p.kept[path])
 
 
 HARM = {

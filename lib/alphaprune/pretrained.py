@@ -20,7 +20,8 @@ def digest(settings: Settings, root: Path) -> str:
     """The SHA-256 of the pretrained weights, which is part of the identity of all that starts from them.
 
     The file itself, the checksum beside it and the record published with it each say what it is. Where one of them is damaged,
-    the other two agree. A checksum alone is believed, so that figures are drawn from records where the weights are not.
+    the other two agree; where two are, the record of the stage they were published from agrees with the third. A checksum alone
+    is believed, so that figures are drawn from records where the weights are not.
 
     Raises:
         UsageError: if the weights are missing, or no two agree.
@@ -38,7 +39,22 @@ def digest(settings: Settings, root: Path) -> str:
     best, agreeing = Counter(said).most_common(1)[0] if said else ("", 0)
     if agreeing > 1 or (len(said) == 1 and not path.is_file()):
         return best
+    known = set(said) & _recorded(settings, root)
+    if len(known) == 1:
+        return known.pop()
     raise Damaged(f"{path} or {digest_file(path).name} is damaged: they disagree; {remedy(settings)}")
+
+
+def _recorded(settings: Settings, root: Path) -> set[str]:
+    """The SHA-256 of the weights of every recorded stage of an experiment that publishes to where these lie."""
+    folder, found = Path(settings.base).parent, set()
+    for file in (root / "results" / settings.preset / "stages").glob("*/*/run.json"):
+        with suppress(Damaged):
+            record = read_record(file, StageRecord)
+            where = record["settings"].get("publish") if isinstance(record.get("settings"), dict) else None
+            if isinstance(where, str) and Path(where) == folder:
+                found.add(record["weights_sha256"])
+    return found
 
 
 def damage(settings: Settings, root: Path) -> str | None:

@@ -70,6 +70,8 @@ def load_pruned(experiment: Experiment) -> Pruned | None:
     """What `prune` recorded for this very model, None if it has not run, or its record or weights are damaged."""
     record, weights = (_folder(experiment) / name for name in ("run.json", WEIGHTS))
     if not record.is_file():
+        if weights.exists():  # it was folded, then
+            warnings.warn(f"{record} is missing; it is folded again", stacklevel=2)
         return None
     try:
         content = read_record(record, FoldRecord)

@@ -107,5 +107,5 @@ def _record(
         "metrics": metrics,
         "outcome": summary,
         "data_checksum": of.data_checksum,
-        **provenance(of.root, of.command),
+        **provenance(of.root, of.command_of(node.settings)),
     }

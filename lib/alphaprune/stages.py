@@ -47,32 +47,38 @@ class Stages:
     @property
     def label(self) -> str:
         """The experiment's name, and the settings that differ from its files: `fig4`, `fig4,seed=1`."""
-        changed = {k: v for k, v in self.settings if v != getattr(self._files, k)}
+        files = load_settings(self.settings.preset, self.settings.experiment, self.root)
+        changed = {k: v for k, v in self.settings if v != getattr(files, k)}
         short = ",".join(f"{k}={v}" if isinstance(v, int | float) else k for k, v in sorted(changed.items()))
         return f"{self.settings.experiment},{short}" if short else self.settings.experiment
 
     @property
     def changed(self) -> dict[str, Any]:
         """The settings given that differ from the experiment's files, by name, as they were given."""
-        s = self.settings
-        same = {k for k, v in s if v == getattr(self._files, k)}
-        # A notebook that was run from the experiment's file is given what stands in it.
-        shared = f"params/{self.given.get('stages_of')}/{s.experiment}.yaml"
-        if shared in parameter_files(s.preset, s.experiment, self.root):
-            same.add("stages_of")
-        return {k: v for k, v in sorted(self.given.items()) if k not in same}
+        return self._changed(self.settings)
 
     @property
     def command(self) -> str:
         """The command that makes the experiment's records."""
-        file = f"params/{self.settings.preset}/{self.settings.experiment}.yaml"
-        given = [("--set", shlex.quote(f"{name}={in_yaml(value)}")) for name, value in self.changed.items()]
+        return self.command_of(self.settings)
+
+    def command_of(self, settings: Settings) -> str:
+        """The command that makes the records of this experiment, or of one it starts from: the same, whichever of them runs."""
+        file = f"params/{settings.preset}/{settings.experiment}.yaml"
+        changed = self._changed(settings).items()
+        given = [("--set", shlex.quote(f"{name}={in_yaml(value)}")) for name, value in changed]
         return " ".join(["python -m alphaprune.experiment", file, *(word for pair in given for word in pair)])
 
-    @property
-    def _files(self) -> Settings:
-        """The settings as the files alone have them."""
-        return load_settings(self.settings.preset, self.settings.experiment, self.root)
+    def _changed(self, s: Settings) -> dict[str, Any]:
+        files = load_settings(s.preset, s.experiment, self.root)
+        same = {k for k, v in s if v == getattr(files, k)}
+        # A notebook that was run from the experiment's file is given what stands in it.
+        shared = f"params/{self.given.get('stages_of')}/{s.experiment}.yaml"
+        if shared in parameter_files(s.preset, s.experiment, self.root):
+            same.add("stages_of")
+        if s is not self.settings:
+            same |= set(OF_ONE_EXPERIMENT)
+        return {k: v for k, v in sorted(self.given.items()) if k not in same}
 
     def _resolve(self, experiment: str, stage: str, path: tuple[str, ...]) -> Node:
         name = f"{experiment}/{stage}"
