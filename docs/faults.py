@@ -24,8 +24,8 @@ TITLES = {
 }
 HEAD = """# Faults tried
 
-Written by `make test-faults` on {when}: {passed} tests passed, {failed} failed, {skipped} skipped, in {minutes} on {machine}. A line is what a test
-noted when it had seen the outcome; what failed has none.
+Written by `make test-faults` on {when}: {passed} tests passed, {failed} failed, {skipped} skipped, in {minutes} on {machine}, with
+{load:.1f} processes busy, these among them, in the last 15 minutes. A line is what a test noted when it had seen the outcome; what failed has none.
 """
 AFTER = """
 ## Bad input, row by row
@@ -59,6 +59,7 @@ def render(report: Path) -> str:
         failed=len(bad),
         skipped=len(skipped),
         minutes=f"{minutes:.1f} minutes",
+        load=os.getloadavg()[2],
         machine=f"{os.cpu_count()} CPU cores ({platform.machine()}, Python {platform.python_version()})",
     )
     for module, title in TITLES.items():

@@ -742,6 +742,7 @@ def harm_checksum(root, name):
 def test_checksums(root, capsys, name):
     """With no record to say whether the weights or their checksum are damaged."""
     (root / BASE).with_name("run.json").unlink()
+    shutil.rmtree(root / "results" / "smoke" / "stages" / "pretrain")
     harm_checksum(root, name)
     refused(root, capsys, lambda: experiment_main([FIG4]), "safetensors")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from alphaprune import pretrained
@@ -22,9 +23,11 @@ def mend(of: Recorded, say: Callable[[str], None]) -> None:
     """
     for node in {n.name: n for stage in of.stages for n in stage.line}.values():
         path = of.weights(node)
-        whole = of.why(node) is None and path.is_file() and of.weights_damage(node) is None
-        if whole and _mend_checksum(path, of.record(node.name)["weights_sha256"]):
+        if of.why(node) is not None or not path.is_file() or of.weights_damage(node) is not None:
+            continue
+        if _mend_checksum(path, of.record(node.name)["weights_sha256"]):
             say(_mended(path))
+        remove_leftovers(path.parent)
     damage = pretrained.damage(of.settings, of.root)
     if damage is None:
         return
@@ -46,6 +49,13 @@ def mend(of: Recorded, say: Callable[[str], None]) -> None:
             say(f"{damage}; published again from {publisher.folder(last)}")
             return
     say(f"{damage}; {pretrained.remedy(of.settings)}")
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove from a recorded stage's folder the states it resumed from; a run that was killed as it ended may have left them."""
+    for leftover in (*folder.glob("resume.*"), *folder.glob(".*.tmp")):
+        with suppress(OSError):  # another run does the same, or nothing may be written here
+            leftover.unlink()
 
 
 def publishes(of: Recorded) -> bool:

@@ -12,6 +12,7 @@ from alphaprune import data as images
 from alphaprune.blend import WIDE_SHARE, wide_share
 from alphaprune.identity import Node
 from alphaprune.interrupt import Interrupted
+from alphaprune.mending import remove_leftovers
 from alphaprune.parallel import ParallelModel
 from alphaprune.progress import Progress
 from alphaprune.provenance import provenance
@@ -86,8 +87,7 @@ def train_stage(of: Stages, node: Node, data: images.Dataset, progress: Progress
     digests = {"weights_sha256": digest, "history_sha256": hashlib.sha256(history).hexdigest()}
     # Last, since it makes the stage recorded.
     write_record(folder / "run.json", _record(of, node, outcome, metrics, start_seconds) | digests)
-    for leftover in (*folder.glob("resume.*"), *folder.glob(".*.tmp")):
-        leftover.unlink()
+    remove_leftovers(folder)
     progress.end(outcome, metrics)
 
 
