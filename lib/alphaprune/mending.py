@@ -6,7 +6,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from alphaprune import pretrained
+from alphaprune import pretrained, yaml_text
 from alphaprune.errors import Damaged, UsageError
 from alphaprune.identity import BASE
 from alphaprune.recorded import Recorded
@@ -107,6 +107,8 @@ def _mended(path: Path) -> str:
 def _publishers(of: Recorded) -> list[Recorded]:
     """The experiments of the preset that publish the pretrained weights."""
     preset, folder = of.settings.preset, Path(of.settings.base).parent
-    names = sorted(p.stem for p in (of.root / "params" / preset).glob("*.yaml") if p.stem != "preset")
+    files = sorted(p for p in (of.root / "params" / preset).glob("*.yaml") if p.stem != "preset")
+    # Other notebooks' parameters lie there too; what publishes says so.
+    names = [p.stem for p in files if "publish" in (yaml_text.read(p) or {})]
     where = {name: load_settings(preset, name, of.root).publish for name in names}
     return [Recorded(preset, n, of.root) for n in names if where[n] is not None and Path(where[n]) == folder]
