@@ -186,7 +186,8 @@ def test_an_unknown_preset_is_named(reproduced):
 
 def test_pretrain_trains_anew(reproduced):
     weights = reproduced[0] / "results" / "smoke" / "pretrained" / "vgg16.safetensors"
-    before, content = weights.stat().st_mtime_ns, weights.read_bytes()
+    (record,) = (reproduced[0] / "results" / "smoke" / "stages" / "pretrain").glob("*/run.json")
+    before, content = record.stat().st_mtime_ns, weights.read_bytes()
     done = make(reproduced[0], "pretrain")
-    assert weights.stat().st_mtime_ns > before and weights.read_bytes() == content
+    assert record.stat().st_mtime_ns > before and weights.read_bytes() == content
     assert done.returncode == 0 and "[pretrain] 1 stages to train, 0 already recorded" in done.stdout
