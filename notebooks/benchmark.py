@@ -41,7 +41,7 @@ def whole_reproduction() -> dict[str, object]:
 
 def page(table: pd.DataFrame, source: dict[str, object]) -> str:
     """docs/benchmark.md."""
-    hardware = ", ".join(f"{k} {v}" for k, v in source["hardware"].items() if k != "threads")
+    hardware = ", ".join(f"{k} {v}" for k, v in source["hardware"].items() if v and k != "threads")
     versions = ", ".join(f"{k} {v}" for k, v in source["versions"].items())
     return f"""# How fast it is
 
