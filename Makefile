@@ -76,7 +76,7 @@ help:
 
 # ---- environment and data
 
-# Compiled once: where Python may not write what it compiles, each of some forty processes would do it again, ten seconds each.
+# Compiled once: where Python may not write what it compiles, each of some forty processes would do it again.
 environment: $(READY)
 $(READY): requirements.lock pyproject.toml
 	@echo "Making $(VENV) from requirements.lock"

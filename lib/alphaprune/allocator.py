@@ -1,7 +1,6 @@
 """Memory that a step of training frees is kept for the next one, as torch does on a GPU.
 
-glibc gives large tensors back to the system as soon as they are freed, and the next step pays for each of their pages again: with a
-quarter-width VGG-16 on one thread, a sixth of its time.
+glibc gives large tensors back to the system as soon as they are freed, and the next step pays for each of their pages again.
 """
 
 from __future__ import annotations
