@@ -18,7 +18,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 R := results/$(PRESET)
-RUN := $(BIN)/python notebooks/execute.py
+RUN := $(BIN)/python notebooks/execute.py --seal $(R)
 CACHE := $(or $(ALPHAPRUNE_DATA),$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/alphaprune)
 CIFAR10 := $(CACHE)/cifar-10-batches-bin/test_batch.bin
 DATA := $(if $(filter smoke,$(PRESET)),,$(CIFAR10))
@@ -40,6 +40,13 @@ endif
 
 .PHONY: verify audit benchmark benchmark-check skips own-network coverage cliff controls unfinished time-and-memory how-cost-grows why test-faults FORCE
 .PHONY: reproduce-figures figures html pretrain experiments data lab test environment lock clean help $(EXPERIMENTS) pruned
+
+# Before make decides what is old: what is not as it was written counts as old too, and is named.
+ifneq ($(and $(wildcard $(READY)),$(wildcard $(R)/notebooks)),)
+ifneq ($(filter-out environment lock data lab test clean help why verify audit benchmark benchmark-check test-faults coverage,$(or $(MAKECMDGOALS),all)),)
+DAMAGED := $(shell $(BIN)/python notebooks/seals.py $(R))
+endif
+endif
 
 reproduce-figures: $(R)/report.html $(PAGES)
 	@if [ -e $(R)/.changed ]; then rm -f $(R)/.changed; echo "Done."; else echo "Nothing to do: everything is up to date."; fi
@@ -130,7 +137,8 @@ $(R)/notebooks/pruned.ipynb: $(H)/notebooks/03_fold_and_verify.ipynb $(H)/params
 	@touch $(R)/.changed
 
 why: | $(READY)
-	@$(BIN)/python -m alphaprune.experiment --why $(EXPERIMENTS:%=params/$(PRESET)/%.yaml)
+	@$(BIN)/python -m alphaprune.experiment --why $(foreach e,pretrain $(EXPERIMENTS) pretrain_resnet20 resnet20_narrow resnet20_plain unfinished,params/$(PRESET)/$(e).yaml)
+	@for c in cliff controls; do $(BIN)/python -m alphaprune.comparison $$c $(PRESET) --why || exit; done
 
 # ---- beyond the report: notebooks of their own
 
@@ -192,10 +200,10 @@ $(R)/notebooks/report.ipynb: $(H)/notebooks/05_report.ipynb $(H)/params/claims.y
 
 html: $(R)/report.html $(PAGES)
 $(R)/html/%.html: $(R)/notebooks/%.ipynb $(call inputs,notebooks/export.py notebooks/sanitise.py $(wildcard notebooks/offline/*))
-	@$(BIN)/python notebooks/export.py $< $@
+	@$(BIN)/python notebooks/export.py $< $@ --seal $(R)
 	@touch $(R)/.changed
 $(R)/report.html: $(R)/notebooks/report.ipynb $(call inputs,notebooks/export.py notebooks/sanitise.py $(wildcard notebooks/offline/*))
-	@$(BIN)/python notebooks/export.py $< $@ --no-code
+	@$(BIN)/python notebooks/export.py $< $@ --no-code --seal $(R)
 	@touch $(R)/.changed
 
 # ---- people and checks
@@ -227,4 +235,4 @@ audit: | $(READY)
 	@$(BIN)/python notebooks/audit.py requirements.lock
 
 clean:
-	rm -rf $(R)/.inputs $(R)/notebooks $(R)/html $(R)/figures $(R)/stages $(R)/bundle $(R)/own_images $(R)/report.html $(R)/scorecard.csv
+	rm -rf $(R)/.inputs $(R)/.seals $(R)/notebooks $(R)/html $(R)/figures $(R)/stages $(R)/bundle $(R)/own_images $(R)/report.html $(R)/scorecard.csv

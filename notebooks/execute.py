@@ -8,6 +8,11 @@ Ctrl-C are passed on to the notebook, which saves what it is at and stops.
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from alphaprune.interrupt import while_importing
+
+    while_importing()
+
 import argparse
 import builtins
 import keyword
@@ -22,10 +27,12 @@ from typing import Any
 
 import papermill
 import psutil
+import seals
 from traitlets.config import Config
 
 from alphaprune import yaml_text
 from alphaprune.errors import UsageError, shown
+from alphaprune.storage import JOURNAL
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -53,6 +60,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("notebook", type=Path)
     parser.add_argument("output", type=Path)
     parser.add_argument("-f", "--file", type=Path, help="YAML file of parameters")
+    parser.add_argument(
+        "--seal", type=Path, metavar="RESULTS", help="folder whose seals take what is written"
+    )
     parser.add_argument("-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
     args = parser.parse_args(arguments)
     try:
@@ -77,9 +87,14 @@ def main(arguments: list[str] | None = None) -> int:
     for number in SIGNALS:
         signal.signal(number, pass_on)
     try:
-        with tempfile.TemporaryDirectory(prefix="kernel-") as sockets:
+        if args.seal:
+            seals.begin(args.seal, args.output)
+        with tempfile.TemporaryDirectory(prefix="kernel-") as folder:
             # Sockets in a folder of their own, not ports: notebooks can run side by side.
-            manager = {"transport": "ipc", "connection_file": f"{sockets}/kernel.json"}
+            manager = {"transport": "ipc", "connection_file": f"{folder}/kernel.json"}
+            journal = Path(folder) / "journal"
+            journal.touch()
+            os.environ[JOURNAL] = str(journal)
             papermill.execute_notebook(
                 args.notebook,
                 running,
@@ -89,6 +104,8 @@ def main(arguments: list[str] | None = None) -> int:
                 config=Config(KernelManager=manager),
                 extra_arguments=["--IPKernelApp.log_level=CRITICAL"],
             )
+            del os.environ[JOURNAL]
+            written = journal.read_text()
     except Exception as e:
         name, text = getattr(e, "ename", type(e).__name__), getattr(e, "evalue", str(e))
         if asked:
@@ -106,7 +123,10 @@ def main(arguments: list[str] | None = None) -> int:
     except BaseException:  # interrupted
         running.unlink(missing_ok=True)
         raise
-    os.replace(running, args.output)
+    if args.seal:
+        seals.finish(args.seal, running, args.output, written)
+    else:
+        os.replace(running, args.output)
     failed.unlink(missing_ok=True)
     return 0
 

@@ -17,6 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import nbformat
+import seals
 from latex2mathml.converter import convert
 from nbconvert import HTMLExporter
 from sanitise import sanitise
@@ -52,8 +53,8 @@ def sources(content: nbformat.NotebookNode) -> dict | None:
     return merged(source for source in found if source is not None) if any(found) else None
 
 
-def export(notebook: Path, page: Path, code: bool = True) -> None:
-    """Write one executed notebook as a page; `code=False` leaves the cells' source out."""
+def export(notebook: Path, page: Path, code: bool = True, results: Path | None = None) -> None:
+    """Write one executed notebook as a page; `code=False` leaves the cells' source out. `results` is the folder whose seals take it."""
     content = nbformat.read(notebook, 4)
     for cell in content.cells:
         if cell.cell_type == "markdown":
@@ -85,7 +86,10 @@ def export(notebook: Path, page: Path, code: bool = True) -> None:
     page.parent.mkdir(parents=True, exist_ok=True)
     temporary = page.with_name(f".{page.name}.{os.getpid()}.tmp")
     temporary.write_text(f"{head}{main}{sanitise(rest)}</main>{foot}\n</body>\n</html>\n", encoding="utf-8")
-    os.replace(temporary, page)
+    if results:
+        seals.finish(results, temporary, page)
+    else:
+        os.replace(temporary, page)
 
 
 if __name__ == "__main__":
@@ -93,5 +97,6 @@ if __name__ == "__main__":
     parser.add_argument("notebook", type=Path)
     parser.add_argument("page", type=Path)
     parser.add_argument("--no-code", action="store_true")
+    parser.add_argument("--seal", type=Path, metavar="RESULTS", help="folder whose seals take the page")
     args = parser.parse_args()
-    export(args.notebook, args.page, code=not args.no_code)
+    export(args.notebook, args.page, not args.no_code, args.seal)

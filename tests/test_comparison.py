@@ -1,5 +1,6 @@
 """Controls: every method the same images, its own learning rate, nothing run twice."""
 
+import re
 import signal
 import subprocess
 import sys
@@ -67,6 +68,43 @@ def test_the_table_is_written_equal_images_and_nothing_trains_twice(prepared):
     assert times == [f.stat().st_mtime_ns for f in folders]
     rows = summary(table)
     assert (rows["seeds"] == 2).all() and rows["val_mean"].is_monotonic_decreasing
+
+
+def test_why_names_what_would_be_trained_and_what_changed(prepared, capsys, monkeypatch):
+    monkeypatch.chdir(prepared)
+    one = "alphaprune, distilled"
+
+    def why() -> dict[str, str]:
+        main(["controls", "smoke", "--why"])
+        lines = [line.removeprefix("controls, ") for line in capsys.readouterr().out.splitlines()]
+        return dict(line.split(": ", 1) for line in lines)
+
+    assert why()[one] == "lr 0.02 is to be tried: stage-0 not recorded yet"
+    compare("controls", "smoke", prepared, [one], seeds=[0], say=lambda line: None)
+    capsys.readouterr()
+    said = why()
+    best = re.search("lr (0.0[12])", said[one])[1]
+    assert (
+        said[one]
+        == f"2 of 3 runs are to be trained, lr {best}; at keep_ratio 0.5, seed 1: stage-0 not recorded yet"
+    )
+    assert said["scratch"] == "lr 0.02 is to be tried: stage-0 not recorded yet"
+    file = prepared / "params" / "smoke" / "controls.yaml"
+    file.write_text(yaml.safe_dump(yaml.safe_load(file.read_text()) | {"weight_decay": 0.01}))
+    changed = r"\(recipe.weight_decay [\d.]+ -> 0.01\)"
+    assert re.fullmatch(f"lr 0.02 is to be tried: stage-0 recorded with other inputs {changed}", why()[one])
+    stages = prepared / "results" / "smoke" / "stages" / "controls"
+    assert len(list(stages.glob("*/run.json"))) == 2  # nothing was trained for an answer
+
+
+def test_what_was_left_without_test_accuracy_and_weights_is_trained_anew(prepared):
+    table = compare("controls", "smoke", prepared, ["scratch"], seeds=[0], say=lambda line: None)
+    stages = prepared / "results" / "smoke" / "stages" / "controls"
+    for file in [*stages.glob("*/final.json"), *stages.glob("*/weights.safetensors*")]:
+        file.unlink()
+    again = compare("controls", "smoke", prepared, ["scratch"], seeds=[0], say=lambda line: None)
+    pd.testing.assert_frame_equal(table.drop(columns="seconds"), again.drop(columns="seconds"))
+    assert len(list(stages.glob("*/weights.safetensors"))) == 1  # that one, and not what the search tried
 
 
 def test_stopped_it_saves_and_begins_nothing_that_waits(prepared):

@@ -173,6 +173,31 @@ def test_a_signal_ends_the_command_with_one_line_and_it_goes_on(twins, number, f
     fault(f"{signal.Signals(number).name}", 1, f"saved, one line, exit code {128 + number}; {AS_BEFORE}")
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    ("line", "loads"),
+    [
+        (["-m", "alphaprune.experiment", "params/smoke/fig4.yaml", "--why"], b"pandas"),
+        (["-m", "alphaprune.comparison", "controls", "smoke", "--why"], b"pandas"),
+        (["-m", "alphaprune.data"], b"libtorch_cpu"),
+        (["notebooks/execute.py", "notebooks/01_pretraining.ipynb", "{out}"], b"_psutil"),
+    ],
+    ids=lambda value: value[1] if isinstance(value, list) else "",
+)
+def test_a_signal_while_a_command_loads_is_one_line_too(tmp_path, number, line, loads):
+    line = [part.format(out=tmp_path / "out.ipynb") for part in line]
+    run = subprocess.Popen(
+        [sys.executable, *line], cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    while loads not in Path(f"/proc/{run.pid}/maps").read_bytes():
+        assert run.poll() is None
+    run.send_signal(number)
+    _, errors = run.communicate()
+    assert run.returncode == 128 + number
+    assert errors.startswith("alphaprune: ") and len(errors.splitlines()) == 1, errors
+    assert not list(tmp_path.iterdir())
+
+
 def test_two_at_once_train_no_stage_twice(twins, fault):
     undisturbed, project = twins
     both = [start(project), start(project)]

@@ -70,6 +70,38 @@ def test_a_second_run_does_nothing_and_says_so(reproduced):
     assert before == times()
 
 
+def test_what_is_damaged_of_figures_tables_and_pages_is_named_and_made_again(reproduced):
+    """One file each flipped, cut, emptied and deleted, and two swapped; then nothing is left to do."""
+    folder, _ = reproduced
+    results = folder / "results" / "smoke"
+    figures = results / "figures"
+    one, other = figures / "figure1.png", figures / "figure2.png"
+    names = ("figures/figure4.png", "scorecard.csv", "figures/overview.svg", "html/fig2.html", "report.html")
+    paths = {name: results / name for name in (*names, "figures/figure1.png", "figures/figure2.png")}
+    before = {name: path.read_bytes() for name, path in paths.items()}
+    flipped = bytearray(before["figures/figure4.png"])
+    flipped[len(flipped) // 2] ^= 1
+    paths["figures/figure4.png"].write_bytes(flipped)
+    paths["scorecard.csv"].write_bytes(before["scorecard.csv"][:100])
+    paths["html/fig2.html"].write_bytes(b"")
+    paths["figures/overview.svg"].unlink()
+    one.write_bytes(before["figures/figure2.png"])
+    other.write_bytes(before["figures/figure1.png"])
+    (results / ".seals" / "report.html.sha256").unlink()
+    done = make(folder, "reproduce-figures")
+    assert done.returncode == 0
+    for name in paths:
+        named = f"results/smoke/{name if name != 'report.html' else '.seals/report.html.sha256'}"
+        assert len(re.findall(rf"{re.escape(named)} is (?:damaged|missing)", done.stderr)) == 1, done.stderr
+    assert {name: path.read_bytes() for name, path in paths.items() if "html" not in name} == {
+        name: content for name, content in before.items() if "html" not in name
+    }
+    assert len(paths["html/fig2.html"].read_bytes()) > 10_000
+    assert "stage 1/" not in done.stdout  # from the records
+    done = make(folder, "reproduce-figures")
+    assert done.stdout.startswith("Nothing to do") and not done.stderr
+
+
 def test_scorecard_has_a_verdict_for_every_claim(reproduced):
     card = pd.read_csv(reproduced[0] / "results" / "smoke" / "scorecard.csv")
     assert len(card) >= 15

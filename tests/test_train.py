@@ -160,6 +160,20 @@ def test_a_damaged_state_is_named_and_the_one_before_taken(tmp_path, monkeypatch
     same(outcome, expected, resumed, whole)
 
 
+def test_a_state_that_was_copied_from_another_stage_is_not_gone_on_from(tmp_path, monkeypatch):
+    """With its checksum, and of a network of the same shape: only what it says of itself tells it apart."""
+    whole = model()
+    expected = fit(whole, TRAIN, VAL, RECIPE, "key", tmp_path / "whole.safetensors", identity="one")
+    monkeypatch.setattr(torch.optim, "SGD", DiesAfter)
+    DiesAfter.left = [7]
+    with pytest.raises(Killed):
+        fit(model(), TRAIN, VAL, RECIPE, "key", tmp_path / "c.safetensors", identity="another")
+    begun = model()
+    with pytest.warns(UserWarning, match="is of another stage"):
+        outcome = fit(begun, TRAIN, VAL, RECIPE, "key", tmp_path / "c.safetensors", identity="one")
+    same(outcome, expected, begun, whole)
+
+
 def test_another_key_gives_another_run(tmp_path):
     runs = [
         fit(model(), TRAIN, VAL, RECIPE, key, tmp_path / f"{key}.safetensors").history for key in ("a", "b")

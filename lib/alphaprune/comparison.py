@@ -10,6 +10,11 @@ stage, and not run again.
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from alphaprune.interrupt import while_importing
+
+    while_importing()
+
 import argparse
 import multiprocessing
 import os
@@ -24,79 +29,29 @@ from typing import Annotated, Any
 
 import numpy as np
 import pandas as pd
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import Field
 
-from alphaprune import yaml_text
 from alphaprune.errors import UsageError, shown
 from alphaprune.experiment import Experiment
 from alphaprune.interrupt import Interrupted, ending_with_a_line
+from alphaprune.methods import (
+    Comparison,
+    KeepRatio,
+    Seed,
+    check,
+    experiment,
+    final_file,
+    load_comparison,
+    settings_of,
+)
 from alphaprune.provenance import merged
-from alphaprune.settings import Name, Positive, check_names, load_settings, project_root
+from alphaprune.settings import Settings, load_settings, project_root
 from alphaprune.storage import write_bytes
 
 COLUMNS = [
     "method", "seed", "keep_ratio", "images", "seconds", "params", "macs", "val_accuracy", "test_accuracy", "start_accuracy", "lr",
     "searched",
 ]  # fmt: skip
-
-
-MOST = 100  # values in a list
-KeepRatio = Annotated[float, Field(gt=0, le=1)]
-Seed = Annotated[int, Field(ge=0, lt=2**63)]
-
-
-class Method(BaseModel):
-    """Stages with `{lr}` for the learning rate, and settings that replace the experiment's."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    stages: Annotated[list[dict[str, Any]], Field(min_length=1)]
-    settings: dict[str, Any] = {}
-
-    def stages_at(self, lr: float) -> list[dict[str, Any]]:
-        def filled(value: Any) -> Any:
-            if value == "{lr}":
-                return lr
-            return value.replace("{lr}", f"{lr:g}") if isinstance(value, str) else value
-
-        return [{key: filled(value) for key, value in stage.items()} for stage in self.stages]
-
-
-class Comparison(BaseModel):
-    """What `params/<name>.yaml` holds."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    lrs: Annotated[list[Positive], Field(min_length=1, max_length=MOST)]
-    first_lr: Positive
-    seeds: Annotated[list[Seed], Field(min_length=1, max_length=MOST)]
-    keep_ratios: Annotated[list[KeepRatio], Field(min_length=1, max_length=MOST)]
-    budgets: Annotated[
-        list[Positive], Field(max_length=MOST)
-    ] = []  # further ones, in multiples of the preset's epochs
-    methods: Annotated[dict[Annotated[str, Field(min_length=1, max_length=200)], Method], Field(min_length=1)]
-
-
-def _check(what: str, value: Any, kind: Any, remedy: str) -> None:
-    try:
-        TypeAdapter(kind).validate_python(value, strict=True)
-    except ValidationError:
-        raise UsageError(f"{what} is {shown(value)}; {remedy}") from None
-
-
-def load_comparison(name: str, root: Path) -> Comparison:
-    """Read and check `params/<name>.yaml` (raises UsageError)."""
-    _check("name", name, Name, "give that of a file in params/, such as controls")
-    file = root / "params" / f"{name}.yaml"
-    try:
-        found = Comparison.model_validate(yaml_text.read(file))
-    except ValidationError as e:
-        first = e.errors()[0]
-        key = ".".join(str(part)[:60] for part in first["loc"])
-        raise UsageError(f"{file}: {key}: {first['msg']}, not {shown(first['input'])}") from None
-    if found.first_lr not in found.lrs:
-        raise UsageError(f"{file}: first_lr {found.first_lr:g} is none of lrs")
-    return found
 
 
 @dataclass(frozen=True)
@@ -108,16 +63,58 @@ class _Method:
     root: Path
     method: str
 
-    def train(self, lr: float, keep_ratio: float, seed: int, budget: float = 1.0) -> Experiment:
-        """The experiment that the method is, trained as far as it is not recorded."""
-        of = experiment(self.name, self.preset, self.method, lr, keep_ratio, seed, budget, self.root)
-        of.run(lambda line: None)
+    def of(self, lr: float, keep_ratio: float, seed: int, budget: float = 1.0) -> Experiment:
+        return experiment(self.name, self.preset, self.method, lr, keep_ratio, seed, budget, self.root)
+
+    def train(
+        self, lr: float, keep_ratio: float, seed: int, budget: float = 1.0, finals: bool = False
+    ) -> Experiment:
+        """The experiment that the method is, trained as far as it is not recorded; with `finals` also where the last weights are gone
+        before their test accuracy was read."""
+        of = self.of(lr, keep_ratio, seed, budget)
+        of.run(lambda line: None, weights=finals and not final_file(of).is_file())
         return of
+
+    def missing(self, lr: float, keep_ratio: float, seed: int) -> str | None:
+        """Why something would be trained, None if nothing would."""
+        from alphaprune.layer_widths import recorded
+
+        settings = self._settings(lr, keep_ratio, seed)
+        if settings.widths != "uniform" and recorded(settings, self.root) is None:
+            return "the widths are not measured yet"
+        of = self.of(lr, keep_ratio, seed)
+        whys = ((n.stage.name, of.why(n, same=("stage", "seed"))) for n in of.stages)
+        return next((f"{stage} {why}" for stage, why in whys if why is not None), None)
+
+    def reason(self, plan: Comparison) -> str:
+        """What would be trained and why, as far as the search of the learning rate can be foreseen."""
+        first = plan.keep_ratios[0], plan.seeds[0]
+
+        def reached(lr: float) -> float:
+            if why := self.missing(lr, *first):
+                raise LookupError(f"lr {lr:g} is to be tried: {why}")
+            return _reached(self.of(lr, *first))
+
+        try:
+            lr = climb(sorted(plan.lrs), plan.first_lr, reached)
+        except LookupError as e:
+            return str(e)
+        runs = [(ratio, seed) for ratio in plan.keep_ratios for seed in plan.seeds]
+        left = [run for run in runs if self.missing(lr, *run)]
+        if not left:
+            return f"all {len(runs)} runs are recorded, lr {lr:g}"
+        ratio, seed = left[0]
+        why = self.missing(lr, ratio, seed)
+        return f"{len(left)} of {len(runs)} runs are to be trained, lr {lr:g}; at keep_ratio {ratio:g}, seed {seed}: {why}"
+
+    def _settings(self, lr: float, keep_ratio: float, seed: int) -> Settings:
+        shared = settings_of(self.name, self.root, self.method, lr, keep_ratio, seed)
+        return load_settings(self.preset, self.name, self.root, **shared)
 
     def check(self, lr: float, keep_ratio: float, seed: int) -> None:
         """Raise UsageError if the method could not begin; nothing is measured or trained for that."""
-        shared = _settings(self.name, self.root, self.method, lr, keep_ratio, seed)
-        load_settings(self.preset, self.name, self.root, **shared)
+        self._settings(lr, keep_ratio, seed)
+        shared = settings_of(self.name, self.root, self.method, lr, keep_ratio, seed)
         # Widths by sensitivity would be measured, and nothing that can be wrong depends on them.
         Experiment(self.preset, self.name, self.root, **shared | {"widths": "uniform"})
 
@@ -152,16 +149,16 @@ def compare(
     """
     root = root or project_root()
     plan = load_comparison(name, root)
-    _check(
+    check(
         "jobs",
         jobs,
         Annotated[int, Field(ge=1, le=256)],
         "give the number of methods that run at once, such as 2",
     )
     for ratio in keep_ratios:
-        _check("keep_ratio", ratio, KeepRatio, "give a share in (0, 1], such as 0.5")
+        check("keep_ratio", ratio, KeepRatio, "give a share in (0, 1], such as 0.5")
     for seed in seeds:
-        _check("seed", seed, Seed, "give a whole number from 0")
+        check("seed", seed, Seed, "give a whole number from 0")
     if unknown := set(methods) - set(plan.methods):
         raise UsageError(
             f"method {shown(sorted(unknown)[0])} is unknown; there are: {'; '.join(plan.methods)}"
@@ -198,6 +195,13 @@ def compare(
             whole = _merged(_earlier(target), table, plan)
             write_bytes(target, whole.to_csv(index=False, float_format="%.6g").encode())
     return table
+
+
+def reasons(name: str, preset: str, root: Path | None = None) -> list[str]:
+    """What `compare` would train, and why: a line a method; arguments as of `compare`."""
+    root = root or project_root()
+    plan = load_comparison(name, root)
+    return [f"{name}, {m}: {_Method(name, preset, root, m).reason(plan)}" for m in plan.methods]
 
 
 @contextmanager
@@ -308,38 +312,6 @@ def leads(summary: pd.DataFrame, original_accuracy: float) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def experiment(
-    name: str,
-    preset: str,
-    method: str,
-    lr: float,
-    keep_ratio: float,
-    seed: int,
-    budget: float = 1.0,
-    root: Path | None = None,
-) -> Experiment:
-    """The experiment that a method of a comparison is, whether it is recorded or not.
-
-    Args:
-        name, preset, root: as of `compare`.
-        method: one of the file's.
-        lr, keep_ratio, seed: as in a row of the table.
-        budget: in multiples of the preset's epochs.
-    """
-    root = root or project_root()
-    shared = _settings(name, root, method, lr, keep_ratio, seed)
-    settings = load_settings(preset, name, root, **shared)
-    epochs = max(round(budget * settings.max_epochs / len(settings.stages)), 1)
-    return Experiment(preset, name, root, max_epochs=epochs, **shared)
-
-
-def _settings(name: str, root: Path, method: str, lr: float, keep_ratio: float, seed: int) -> dict[str, Any]:
-    """What a method says, to replace what the experiment's file says."""
-    chosen = load_comparison(name, root).methods[method]
-    check_names(chosen.settings, f"params/{name}.yaml: methods.{method}")
-    return {**chosen.settings, "keep_ratio": keep_ratio, "seed": seed, "stages": chosen.stages_at(lr)}
-
-
 def curves(name: str, preset: str, table: pd.DataFrame, root: Path | None = None) -> pd.DataFrame:
     """What was measured while the methods of a table trained, first seed and budget, from the records.
 
@@ -386,12 +358,15 @@ def _search(method: _Method) -> tuple[float, str]:
 
     def reached(lr: float) -> float:
         if lr not in tried:
-            found = method.train(lr, plan.keep_ratios[0], plan.seeds[0])
-            tried[lr] = found.record(found.stages[-1].name)["metrics"]["val_accuracy"]
+            tried[lr] = _reached(method.train(lr, plan.keep_ratios[0], plan.seeds[0]))
         return tried[lr]
 
     best = climb(sorted(plan.lrs), plan.first_lr, reached)
     return best, " ".join(f"{x:g}" for x in sorted(tried))
+
+
+def _reached(of: Experiment) -> float:
+    return of.record(of.stages[-1].name)["metrics"]["val_accuracy"]
 
 
 def _run(
@@ -409,7 +384,7 @@ def _run(
 
     shared = {"method": method.method, "keep_ratio": keep_ratio, "lr": lr, "searched": searched}
     return [
-        shared | {"seed": seed} | of_trained(method.train(lr, keep_ratio, seed, budget))
+        shared | {"seed": seed} | of_trained(method.train(lr, keep_ratio, seed, budget, finals=True))
         for seed in seeds
         for budget in budgets
     ]
@@ -439,6 +414,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--budgets", action="store_true", help="the file's further budgets, first seed and ratio"
     )
+    parser.add_argument(
+        "--why", action="store_true", help="train nothing; say what would be trained, and why"
+    )
     args = parser.parse_args(arguments)
 
     def say(line: str) -> None:
@@ -446,6 +424,9 @@ def main(arguments: list[str] | None = None) -> None:
 
     try:
         with ending_with_a_line():
+            if args.why:
+                print(*reasons(args.name, args.preset), sep="\n")
+                return
             table = compare(
                 args.name,
                 args.preset,

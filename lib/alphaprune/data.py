@@ -7,6 +7,11 @@ of a download, it is brought into this form and compared with the MD5 of the off
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from alphaprune.interrupt import while_importing
+
+    while_importing()
+
 import argparse
 import hashlib
 import json
@@ -27,6 +32,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from alphaprune.errors import UsageError
+from alphaprune.interrupt import ending_with_a_line
 from alphaprune.sources import CIFAR10, cache_folder, place
 
 RECORD_BYTES = 1 + 3 * 32 * 32
@@ -302,7 +308,8 @@ def main(arguments: list[str] | None = None) -> None:
         prog="python -m alphaprune.data", description="Fetch CIFAR-10, or check what is there."
     ).parse_args(arguments)
     try:
-        print(f"CIFAR-10: six batches, each with the official MD5, in {fetch()}")
+        with ending_with_a_line():
+            print(f"CIFAR-10: six batches, each with the official MD5, in {fetch()}")
     except UsageError as e:
         print(f"alphaprune: {e}", file=sys.stderr)
         raise SystemExit(2) from None

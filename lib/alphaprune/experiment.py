@@ -11,6 +11,11 @@ computes is imported where it is needed: torch takes seconds, and what is wrong 
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from alphaprune.interrupt import while_importing
+
+    while_importing()
+
 import argparse
 import shutil
 import sys
@@ -66,12 +71,15 @@ class Experiment(Recorded):
 
     # ---- running
 
-    def run(self, say: Callable[[str], None] = print, again: bool = False) -> pd.DataFrame:
+    def run(
+        self, say: Callable[[str], None] = print, again: bool = False, weights: bool = False
+    ) -> pd.DataFrame:
         """Run every stage that is not recorded, parents first, and return the experiment's history.
 
         Args:
             say: takes the lines of progress.
             again: forget the records of the experiment's own stages first, and train them anew.
+            weights: train the last stage anew also where its record is there and its weights are not.
         """
         if self.settings.threads:
             import torch
@@ -82,14 +90,14 @@ class Experiment(Recorded):
                 shutil.rmtree(self.folder(node))
         mend(self, say)
         self._grow()
-        to_run = self._to_run()
+        to_run = self._to_run(weights)
         recorded = len([n for n in self.stages if n.name not in to_run])
         more = " and those that follow from them" if self.settings.adaptive and to_run else ""
         say(f"[{self.settings.experiment}] {len(to_run)} stages to train{more}, {recorded} already recorded")
         while to_run:
             self._train(list(to_run.values()), say)
             self._grow()
-            to_run = self._to_run()
+            to_run = self._to_run(weights)
         if publishes(self):
             publish(self)
         return self.history()
@@ -97,10 +105,15 @@ class Experiment(Recorded):
     def reasons(self) -> list[str]:
         """A line a stage that would run, and why; one line if none would."""
         lines = [f"{name}: {self._needs(node)}" for name, node in self._to_run().items()]
+        if lines and publishes(self) and self._is_published():
+            lines = [
+                f"{self.settings.experiment}: published in {self.settings.publish}, which the others start from; not trained again"
+            ]
         return lines or [f"{self.settings.experiment}: all {len(self.stages)} stages are recorded"]
 
-    def _to_run(self) -> dict[str, Node]:
-        return {n.name: n for stage in self.stages for n in self._missing(stage)}
+    def _to_run(self, weights: bool = False) -> dict[str, Node]:
+        last = self.stages[-1] if weights else None
+        return {n.name: n for stage in self.stages for n in self._missing(stage, stage is last)}
 
     def _needs(self, node: Node, weights_needed: bool = True) -> str | None:
         """Why a stage has to be trained, None if it has not."""

@@ -10,7 +10,7 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from alphaprune.recipe import BRANCHES_VERSION, TRAINING_VERSION
+from alphaprune.recipe import BRANCHES_VERSION, RIDGE, TRAINING_VERSION
 from alphaprune.settings import Settings, Stage
 
 # Part of the identity of every stage whose network is plain and narrow. Raise it when what it begins with changes.
@@ -90,6 +90,8 @@ def identified(
         network["narrowing"] = NARROWING_VERSION
     if (branches or narrow) and (settings.init != "random" or stage.refit):
         network |= {"init": settings.init, "init_images": settings.init_images}
+        if settings.init_ridge != RIDGE:  # what was recorded before there was a choice has none
+            network["init_ridge"] = settings.init_ridge
     if ratios is not None:
         network["widths"] = ratios
     determines = {

@@ -24,11 +24,11 @@ from torch import Tensor, fx, nn
 from alphaprune.channel_map import compose
 from alphaprune.graph import Mixer, Structure, attribute
 from alphaprune.modes import in_eval_mode
+from alphaprune.recipe import RIDGE
 from alphaprune.selection import Inputs, rows
 from alphaprune.widths import Widths
 
-RIDGE = 1e-4  # of the mean second moment of what is read
-LARGER_RIDGE = 1.0  # where there are too few images
+LARGER_RIDGE = 1.0  # at least, where there are too few images
 ROUNDING = 1e-12  # of second moments: less variance than that is none
 PLACES = 4  # at least, for every channel
 
@@ -77,12 +77,13 @@ def _places(kept: Tensor, weight: Tensor, groups: int, reduce: bool) -> Tensor:
 
 
 @torch.no_grad()
-def fit_branches(model: Lockstep, batches: Sequence[Inputs]) -> dict[str, Any]:
+def fit_branches(model: Lockstep, batches: Sequence[Inputs], ridge: float = RIDGE) -> dict[str, Any]:
     """Set every E and R by least squares, layer after layer, and say what came of it.
 
     Args:
         model: with R and E as `put_back` leaves them.
         batches: inputs of the network. All that is needed of one layer is held for all of them at once.
+        ridge: what a step away from selection costs, as a share of the mean second moment of what is read.
 
     Returns:
         By layer name: `unread`, the share of the second moments of what the layer reads that E does not reach; `lost`, the
@@ -107,13 +108,13 @@ def fit_branches(model: Lockstep, batches: Sequence[Inputs]) -> dict[str, Any]:
                     o[node.name] = model.channelwise(node, o, narrow=False)
                     n[node.name] = model.channelwise(node, n, narrow=True)
             else:
-                found = _mix(model, node, mixer, original, narrow)
+                found = _mix(model, node, mixer, original, narrow, ridge)
                 if found:
                     report.setdefault(mixer.name, found)
             for read in [r for r in node.all_input_nodes if last[r] is node]:
                 for values in (*original, *narrow):
                     del values[read.name]
-    if few := [name for name, found in report.items() if found["ridge"] > RIDGE]:
+    if few := [name for name, found in report.items() if found["ridge"] > ridge]:
         warnings.warn(
             f"too few images for the least squares at {', '.join(few)}: {PLACES} places are needed for each channel kept, which "
             f"for a linear layer are images; with a ridge of {LARGER_RIDGE:g} the fit stays near plain selection there",
@@ -128,6 +129,7 @@ def _mix(
     m: Mixer,
     original: list[dict[str, Any]],
     narrow: list[dict[str, Any]],
+    ridge: float,
 ) -> dict[str, float]:
     """A mixer in both programs, its E fitted before it runs and its R behind it, where it is used first."""
     source, first = node.args[0].name, node.name == m.key
@@ -140,7 +142,7 @@ def _mix(
         pairs = [
             (rows(o[source], m, c), rows(n[source], m, k)) for o, n in zip(original, narrow, strict=True)
         ]
-        found["unread"], found["ridge"] = _regress(expand.weight, pairs, m.groups)
+        found["unread"], found["ridge"] = _regress(expand.weight, pairs, m.groups, ridge)
     whole = compose(weight, None, expand, m.groups, m.transposed)
     for o, n in zip(original, narrow, strict=True):
         o[node.name] = model.call_mixer(node, o[source], weight, bias)
@@ -152,8 +154,8 @@ def _mix(
             for o, n in zip(original, narrow, strict=True)
         ]
         pairs = [(z[..., kept].flatten(0, -2), z_n.flatten(0, -2)) for z, z_n in along]
-        found["lost"], ridge = _regress(reduce.weight, pairs, m.groups, centred=True)
-        found["ridge"] = max(found["ridge"], ridge)
+        found["lost"], used = _regress(reduce.weight, pairs, m.groups, ridge, centred=True)
+        found["ridge"] = max(found["ridge"], used)
     if reduce is not None:
         for n in narrow:
             n[node.name] = reduce(n[node.name])
@@ -161,18 +163,19 @@ def _mix(
 
 
 def _regress(
-    weight: Tensor, pairs: list[tuple[Tensor, Tensor]], groups: int, centred: bool = False
+    weight: Tensor, pairs: list[tuple[Tensor, Tensor]], groups: int, ridge: float, centred: bool = False
 ) -> tuple[float, float]:
     """Replace a map M_0 by M = M_0 + (B - M_0 A) (A + ridge)^-1 with A = X^T X, B = Y^T X, a group at a time.
 
     Args:
         weight: M, (outputs, inputs / groups).
         pairs: Y (places, outputs) and X (places, inputs), a batch each.
+        ridge: a share of the mean second moment of X.
         centred: whether X and Y count from their means. E has to carry the mean, since what is behind a ReLU lives on it;
             R does better without (quarter-width VGG-16, 2,000 images, alpha 0: 49 % against 44 %).
 
     Returns:
-        The share of Y's second moments that M X does not reach, and the ridge, a share of the mean second moment of X.
+        The share of Y's second moments that M X does not reach, and the ridge used, a larger one where places are too few.
     """
     outputs, inputs = len(weight), weight.shape[1] * groups
     a, b = (torch.zeros(n, inputs, dtype=torch.float64, device=weight.device) for n in (inputs, outputs))
@@ -187,14 +190,14 @@ def _regress(
         a -= places * torch.outer(mean_x, mean_x)
         b -= places * torch.outer(mean_y, mean_x)
         total -= places * mean_y.square().sum().item()
-    left, ridge = total, RIDGE
+    left = total
     for g in range(groups):
         of_y, of_x = (slice(g * n // groups, (g + 1) * n // groups) for n in (outputs, inputs))
         start, own, cross = weight[of_y].double(), a[of_x, of_x], b[of_y, of_x]
         # A channel that is always 0 does no harm; others must be independent, which takes places enough.
         alive = own.diagonal() > 0
         if places < PLACES * int(alive.sum()):
-            ridge = LARGER_RIDGE
+            ridge = max(ridge, LARGER_RIDGE)
         scale = own.diagonal().mean()
         if scale <= ROUNDING * uncentred[of_x].mean():  # nothing varies, and any map will do
             continue

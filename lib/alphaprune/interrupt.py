@@ -6,6 +6,7 @@ command at once; all files are whole at any moment anyway.
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import threading
@@ -83,6 +84,17 @@ class SafePoints:
 
     def __exit__(self, *raised: object) -> None:
         self._context.__exit__(*raised)
+
+
+def while_importing() -> None:
+    """For a command whose imports take a second: until `ending_with_a_line` a signal ends it with its line too, at once."""
+
+    def handler(number: int, frame: FrameType | None) -> None:
+        os.write(2, f"alphaprune: {Interrupted(number)}\n".encode())
+        os._exit(128 + number)  # nothing has begun
+
+    for number in SIGNALS:
+        signal.signal(number, handler)
 
 
 @contextmanager

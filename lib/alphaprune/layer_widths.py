@@ -6,6 +6,7 @@ import hashlib
 import json
 import time
 import warnings
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -28,19 +29,50 @@ def ratios(settings: Settings, root: Path) -> float | dict[str, float]:
     """What the settings' keep_ratio means for each layer: one number for all, or by layer name (raises UsageError)."""
     if settings.widths == "uniform":
         return settings.keep_ratio
-    damage = measured(settings, root)["damages"]
-    network = NETWORKS[settings.network](settings.width).eval()
-    curves = {group: {float(r): d for r, d in curve.items()} for group, curve in damage.items()}
+    damage = json.dumps(measured(settings, root)["damages"])
     try:
-        return allot(network, curves, settings.keep_ratio, example_image())
+        return dict(_allotted(settings.network, settings.width, settings.keep_ratio, damage))
     except UsageError as e:
         where = f"results/{settings.preset}/sensitivity"
         raise UsageError(f"{where}: {e}: delete that folder and run the same command again") from None
 
 
+@lru_cache  # a second each, and a comparison asks for the same widths again for every seed
+def _allotted(network: str, width: float, keep_ratio: float, damage: str) -> dict[str, float]:
+    curves = {group: {float(r): d for r, d in curve.items()} for group, curve in json.loads(damage).items()}
+    return allot(NETWORKS[network](width).eval(), curves, keep_ratio, example_image())
+
+
 def measured(settings: Settings, root: Path) -> dict[str, Any]:
     """What narrowing single layers does to the pretrained network, in the form of `records.SensitivityRecord`; measured where it is
     not recorded."""
+    if (content := recorded(settings, root)) is not None:
+        return content
+    identity, file = _identity(settings, root)
+    started = time.monotonic()
+    device = accelerator_for_this_machine().device
+    seen = first_images(settings)[:SENSITIVITY_IMAGES].to(device)
+    found = damages(pretrained.network(settings, root).eval().to(device), seen)
+    content = {"identity": identity, "damages": found, "seconds": round(time.monotonic() - started, 1)}
+    write_record(file, content)
+    return content
+
+
+def recorded(settings: Settings, root: Path) -> dict[str, Any] | None:
+    """The same where it is recorded, otherwise None."""
+    identity, file = _identity(settings, root)
+    if not file.is_file():
+        return None
+    try:
+        content = read_record(file, SensitivityRecord)
+    except Damaged as e:
+        warnings.warn(f"{e}; it is measured again", stacklevel=2)
+        return None
+    return content if content["identity"] == identity else None
+
+
+def _identity(settings: Settings, root: Path) -> tuple[str, Path]:
+    """What the measurement is a function of, hashed, and the file that it is recorded in."""
     determines = [
         SENSITIVITY_VERSION,
         pretrained.digest(settings, root),
@@ -49,21 +81,7 @@ def measured(settings: Settings, root: Path) -> dict[str, Any]:
         settings.init_images,
     ]
     identity = hashlib.sha256(json.dumps(determines).encode()).hexdigest()
-    record = root / "results" / settings.preset / "sensitivity" / f"{identity[:8]}.json"
-    if record.is_file():
-        try:
-            content = read_record(record, SensitivityRecord)
-            if content["identity"] == identity:
-                return content
-        except Damaged as e:
-            warnings.warn(f"{e}; it is measured again", stacklevel=2)
-    started = time.monotonic()
-    device = accelerator_for_this_machine().device
-    seen = first_images(settings)[:SENSITIVITY_IMAGES].to(device)
-    found = damages(pretrained.network(settings, root).eval().to(device), seen)
-    content = {"identity": identity, "damages": found, "seconds": round(time.monotonic() - started, 1)}
-    write_record(record, content)
-    return content
+    return identity, root / "results" / settings.preset / "sensitivity" / f"{identity[:8]}.json"
 
 
 def first_images(settings: Settings) -> Tensor:

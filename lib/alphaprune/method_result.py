@@ -13,6 +13,7 @@ from alphaprune.errors import Damaged
 from alphaprune.experiment import Experiment
 from alphaprune.fold import fold
 from alphaprune.measure import multiply_adds, parameters
+from alphaprune.methods import final_file
 from alphaprune.parallel import ParallelModel
 from alphaprune.records import FinalRecord, read_record, write_record
 from alphaprune.train import evaluate
@@ -31,7 +32,7 @@ def of_trained(of: Experiment) -> dict[str, Any]:
     last = of.stages[-1]
     outcomes = [of.record(n.name)["outcome"] for n in of.stages]
     seconds = sum(o["seconds"] + o.get("start_seconds", 0.0) for o in outcomes) + of.seconds_for_widths()
-    file = of.folder(last) / "final.json"
+    file = final_file(of)
     final = None
     if file.is_file():
         try:

@@ -11,6 +11,8 @@ TRAINING_VERSION = 1
 # their sums change.
 BRANCHES_VERSION = 3
 Init = Literal["random", "select", "least_squares"]  # what branches start from, see `initialise`
+RIDGE = 1e-4  # of least squares, where no other is asked for: as close a fit as the images allow
+LARGEST_RIDGE = 1e6  # beside which any fit is plain selection
 Draw = Literal["fixed", "bernoulli", "uniform"]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -61,8 +62,9 @@ class Recorded(Stages):
             reached.append(self.record(node.name)["metrics"]["val_accuracy"])
         self.stages += nodes
 
-    def why(self, node: Node) -> str | None:
-        """Why a stage would run; None if it is recorded."""
+    def why(self, node: Node, same: Sequence[str] = ()) -> str | None:
+        """Why a stage would run; None if it is recorded. What changed is told against the most similar record of the stage's name;
+        only those count that have the same of what `same` names, keys of `Node.determines`."""
         record = self.folder(node) / "run.json"
         if not record.is_file():
             files = sorted(self.folder(node).parent.glob(f"{node.stage.name}-????????/run.json"))
@@ -70,8 +72,11 @@ class Recorded(Stages):
                 return f"{record} is missing"
             if not files:
                 return "not recorded yet"
-            earlier = [c["determines"] for c in _whole(files).values() if "determines" in c]
-            changed = what_changed(node.determines, earlier)
+            earlier = [c.get("determines", {}) for c in _whole(files).values()]
+            alike = [e for e in earlier if all(e.get(key) == node.determines.get(key) for key in same)]
+            if not alike:
+                return "not recorded yet"
+            changed = what_changed(node.determines, [e for e in alike if e])
             return f"recorded with other inputs{f' ({changed})' if changed else ''}"
         try:
             content = read_record(record, StageRecord)
@@ -214,6 +219,11 @@ class Recorded(Stages):
             warnings.warn(str(e), stacklevel=2)
             return False
         return record["identity"] == self.stages[-1].identity
+
+    def _is_published(self) -> bool:
+        """Whether what the experiment publishes is there and whole."""
+        whole = pretrained.damage(self.settings, self.root) is None
+        return whole and (self._publishes() / "run.json").is_file()
 
     def _publishes(self) -> Path:
         if self.settings.publish is None:

@@ -43,6 +43,7 @@ class _Outcome(_Exact):
 
 
 class _State(_Exact):
+    of: str
     saves: Whole
     step: Whole  # of the running epoch, 0 between epochs
     outcome: _Outcome
@@ -58,21 +59,25 @@ def read_state(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     scheduler: Any,
+    of: str,
 ) -> dict[str, Any]:
     """What a resume state holds beside its tensors.
 
     Args:
         tensors, metadata: as `storage.load_tensors` gives them; the metadata has JSON under `state`.
         model, optimizer, scheduler: those that the state is for; they are not changed.
+        of: what it was saved with. Two stages may have networks of one shape, and a state can be copied with its checksum.
 
     Raises:
-        Damaged: if anything in it is of another form or of another network.
+        Damaged: if anything in it is of another form, of another network or of another stage.
     """
     try:
         rest = parse_json(metadata.get("state", ""), infinity=True)
         _State.model_validate(rest)
     except (ValidationError, ValueError) as e:
         raise Damaged(f"the resume state is damaged ({str(e)[:200]})") from None
+    if rest["of"] != of:
+        raise Damaged("the resume state is of another stage")
     expected: dict[str, Tensor] = {}
     for prefix in ("model/", "best/"):
         expected |= {prefix + name: value for name, value in model.state_dict().items()}

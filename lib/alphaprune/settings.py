@@ -19,7 +19,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from alphaprune import yaml_text
 from alphaprune.errors import UsageError, shown
-from alphaprune.recipe import Draw, Init, Objective, Recipe
+from alphaprune.recipe import LARGEST_RIDGE, RIDGE, Draw, Init, Objective, Recipe
 from alphaprune.schedule import THRESHOLD, Kind, Order, alphas
 
 Unit = Annotated[float, Field(ge=0, le=1)]
@@ -157,6 +157,9 @@ class Settings(_Strict):
     )
     init: Init = "random"  # what the branches start from
     init_images: Count = 2000  # of the training images, for the branches to be fitted to, and for the widths
+    init_ridge: Annotated[float, Field(gt=0, le=LARGEST_RIDGE)] = (
+        RIDGE  # of least squares, see `ParallelModel`
+    )
     widths: Literal["uniform", "sensitivity"] = (
         "uniform"  # one keep_ratio for all layers, or one each at the same cost
     )

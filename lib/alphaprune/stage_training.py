@@ -69,7 +69,8 @@ def train_stage(of: Stages, node: Node, data: images.Dataset, progress: Progress
     checkpoint = folder / "resume.safetensors"
     try:
         outcome = fit(
-            model, train, val, s.recipe(stage), node.key, checkpoint, progress.epoch, objective, teacher, measure
+            model, train, val, s.recipe(stage), node.key, checkpoint, progress.epoch, objective, teacher, measure,
+            node.identity,
         )  # fmt: skip
     except Interrupted as e:
         raise Interrupted(e.number, f"stage {node.name} is {e.where}") from None

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+# Names a file in the environment that takes a line, in the form of sha256sum, for all that this process and those it starts write.
+JOURNAL = "ALPHAPRUNE_JOURNAL"
+
+
 def write_bytes(path: Path, content: bytes) -> None:
     """Write `content` so that `path` holds either what it held before or all of the new content.
 
@@ -34,6 +38,9 @@ def write_bytes(path: Path, content: bytes) -> None:
             os.fsync(f.fileno())
         os.replace(temporary, path)
         _sync_folder(path.parent)
+        if journal := os.environ.get(JOURNAL):
+            with open(journal, "a") as f:
+                f.write(f"{hashlib.sha256(content).hexdigest()}  {path.resolve()}\n")
     except OSError as e:
         raise UsageError(
             f"{path} cannot be written ({e.strerror}); what was there is as it was; mend that and run the same command again"

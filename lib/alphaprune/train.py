@@ -74,6 +74,7 @@ def fit(
     objective: Objective | None = None,
     teacher: nn.Module | None = None,
     measure: Callable[[int], dict[str, float]] = lambda epoch: {},
+    identity: str | None = None,
 ) -> Outcome:
     """Train `model` in place and leave it with its best weights, those of the highest validation accuracy.
 
@@ -89,6 +90,7 @@ def fit(
         teacher: the network to learn from, where the objective asks for one.
         measure: called after every epoch with its number, and before the first with 0, for more to note of the
             validation images; it leaves the model as it was.
+        identity: what the states are of; one that was saved with another is not gone on from. The key if None.
 
     Returns:
         The outcome. Row 0 of the validation accuracy is that of the weights the stage began with. A loss that
@@ -115,7 +117,7 @@ def fit(
     else:
         scheduler = ReduceLROnPlateau(optimizer, factor=recipe.lr_factor, patience=recipe.lr_patience)
     stepper, prepared = accelerator.prepare(model, optimizer)
-    state = _State(model, optimizer, scheduler, checkpoint)
+    state = _State(model, optimizer, scheduler, checkpoint, identity or key)
 
     if not state.resume():
         loss, accuracy = evaluate(model, val, accelerator=accelerator)
@@ -247,8 +249,9 @@ class _State:
     """Everything a stage needs to go on: weights, momentum, schedule, best weights, history, and within an epoch how
     many of its steps are done, what is measured of them, and the random state."""
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.SGD, scheduler: Any, path: Path):
+    def __init__(self, model: nn.Module, optimizer: torch.optim.SGD, scheduler: Any, path: Path, of: str):
         self.model, self.optimizer, self.scheduler, self.path = model, optimizer, scheduler, path
+        self.of = of
         self.outcome = Outcome()
         self.best: dict[str, Tensor] | None = None
         self.lowest_loss, self.epochs_since_lowest = math.inf, 0
@@ -311,6 +314,7 @@ class _State:
         groups = [{k: v for k, v in g.items() if k != "params"} for g in self.optimizer.param_groups]
         self.saves += 1
         rest = {
+            "of": self.of,
             "saves": self.saves,
             "step": self.step,
             "outcome": vars(self.outcome),
@@ -331,7 +335,7 @@ class _State:
         for slot in self._slots():
             try:
                 tensors, metadata = load_tensors(slot)
-                rest = read_state(tensors, metadata, self.model, self.optimizer, self.scheduler)
+                rest = read_state(tensors, metadata, self.model, self.optimizer, self.scheduler, self.of)
                 found.append((tensors, rest))
             except UsageError as e:  # cut off while it was written, or damaged since
                 if slot.is_file() or digest_file(slot).exists():
