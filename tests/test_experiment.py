@@ -255,6 +255,8 @@ def test_narrow_networks_are_folded_or_begun_otherwise_and_train_on_plain(small)
         network, val = experiment.model(name), data.load("sample").val.first(experiment.settings.val_images)
         best = experiment.record(name)["outcome"]["best_accuracy"]
         assert evaluate(network, val)[1] == best
+    ridge = Experiment("smoke", "fig4", small, init_ridge=0.1)
+    assert all(a.identity != b.identity for a, b in zip(experiment.stages, ridge.stages, strict=True))
     other = Experiment("smoke", "fig4", small, init="select")
     assert all(a.identity != b.identity for a, b in zip(experiment.stages, other.stages, strict=True))
 

@@ -1,6 +1,7 @@
 """Where the branches start: selection and least squares, over random networks."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -49,6 +50,35 @@ def test_every_init_folds_exactly(parts, head, seed):
         small, certificate = fold(model, x)
         assert certificate.exact
         assert all(p.isfinite().all() for p in small.parameters())
+
+
+@CASES
+@given(parts, seeds)
+def test_the_larger_the_ridge_the_nearer_to_selection(parts, seed):
+    """Of the layer that is fitted first, since what the others read differs with its fit."""
+    network, x = network_and_images(parts, "mean", seed)
+    try:
+        selected = ParallelModel(network, 0.5, x[:2], init="select", images=x)
+    except UsageError as e:
+        assert "different numbers" in str(e)
+        return
+    away = []
+    for ridge in (1e-4, 1e-2, 1.0, 1e6):
+        model = ParallelModel(network, 0.5, x[:2], init="least_squares", images=x, ridge=ridge)
+        first = next(iter(model.least_squares), None)
+        key = next((m.key for m in model.mixers if m.name == first and m.key in model.expand), None)
+        if key is None:
+            return
+        away.append((model.expand[key].weight - selected.expand[key].weight).norm().item())
+    assert all(near <= far + 1e-9 for far, near in itertools.pairwise(away))
+    assert away[-1] <= 1e-3 * max(away[0], 1.0)
+
+
+@pytest.mark.parametrize("ridge", [0, -0.1, float("nan"), float("inf"), True, "0.1", 1e7])
+def test_a_ridge_out_of_range_is_named(ridge):
+    network, x = network_and_images(["conv"], "mean", 0)
+    with pytest.raises(UsageError, match=r"ridge is .*; give a number above 0, such as 0.1"):
+        ParallelModel(network, 0.5, x[:2], init="least_squares", images=x, ridge=ridge)
 
 
 @pytest.mark.parametrize("bias", [0.0, 0.3])
