@@ -6,6 +6,7 @@ import random
 import re
 import shutil
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -82,3 +83,56 @@ def test_a_reproduction_killed_25_times_gives_the_same_to_the_bit(whole_project,
         f"the same command goes on; {same}",
     )
     fault("the rest of it twice at once, four notebooks each", 1, f"both end; {same}")
+
+
+def test_each_damage_to_what_notebooks_and_pages_wrote_is_named_and_one_make_mends_it(whole_project, fault):
+    """Every sealed file cut, emptied, deleted and with a bit flipped, and all exchanged in pairs."""
+    assert started(whole_project).wait() == 0  # nothing is left to do after the test above
+    results = whole_project / "results" / "smoke"
+    sealed = sorted(
+        {
+            results / line[66:]
+            for seal in results.glob(".seals/**/*.sha256")
+            for line in seal.read_text().splitlines()
+        }
+    )
+    assert {p.suffix for p in sealed} == {".ipynb", ".html", ".png", ".svg", ".txt", ".csv"}
+    before, chance = {p: p.read_bytes() for p in sealed}, random.Random(2)
+    check = [sys.executable, "notebooks/seals.py", str(results)]
+
+    def named() -> list[str]:
+        return subprocess.run(check, cwd=whole_project, capture_output=True, text=True).stderr.splitlines()
+
+    assert named() == []
+    for damage in ("cut", "emptied", "a bit flipped", "deleted"):
+        for path, content in before.items():
+            at = chance.randrange(len(content))
+            flipped = content[:at] + bytes([content[at] ^ 1 << chance.randrange(8)]) + content[at + 1 :]
+            known = path.suffix in (".ipynb", ".html")  # to make, which misses them by itself
+            if damage == "deleted" and not known:
+                path.unlink()
+            elif damage != "deleted":
+                path.write_bytes({"cut": content[:at], "emptied": b"", "a bit flipped": flipped}[damage])
+        lines = named()
+        for path in sealed:
+            name = path.relative_to(whole_project)
+            whole = path.is_file() and path.read_bytes() == before[path]
+            assert whole != any(line.startswith(f"alphaprune: {name} is ") for line in lines), (damage, name)
+            path.write_bytes(before[path])
+    pairs = list(zip(sealed[::2], sealed[1::2], strict=False))
+    for one, other in pairs:
+        one.write_bytes(before[other])
+        other.write_bytes(before[one])
+    assert len({line.partition(" is ")[0] for line in named()}) >= 2 * len(pairs)
+    done = started(whole_project, stdout=subprocess.PIPE, text=True)
+    said = done.communicate()[0]
+    assert done.returncode == 0 and "stage 1/" not in said
+    kept = (".png", ".svg", ".txt", ".csv")
+    assert all(p.read_bytes() == before[p] for p in sealed if p.suffix in kept) and named() == []
+    what = "notebooks, pages, figures and tables that a reproduction wrote, each file"
+    fault(f"{what} cut, emptied, deleted, or with a bit flipped", 4 * len(sealed), "each is named")
+    fault(
+        f"{what} exchanged for another",
+        2 * len(pairs),
+        "each is named; one `make` makes them again, bit for bit, and trains nothing",
+    )
