@@ -114,8 +114,8 @@ $(H)/%: % FORCE
 # ---- experiments: a notebook each, with the right parents
 
 experiments: $(foreach e,$(EXPERIMENTS) pruned,$(R)/notebooks/$(e).ipynb)
-$(EXPERIMENTS): %: $(R)/notebooks/%.ipynb
-pruned: $(R)/notebooks/pruned.ipynb
+$(EXPERIMENTS) pruned: %: $(R)/notebooks/%.ipynb
+	@echo "Notebook:  $<"
 
 $(R)/notebooks/pretrain.ipynb: $(H)/notebooks/01_pretraining.ipynb $(H)/params/$(PRESET)/pretrain.yaml $(H)/params/$(PRESET)/preset.yaml | $(READY) $(DATA)
 	@$(RUN) $(<:$(H)/%=%) $@ -f params/$(PRESET)/pretrain.yaml
@@ -143,6 +143,7 @@ why: | $(READY)
 # ---- beyond the report: notebooks of their own
 
 skips: $(R)/html/skips.html
+	@echo "Page:      $<"
 $(R)/notebooks/pretrain_resnet20.ipynb: $(H)/notebooks/01_pretraining.ipynb $(H)/params/$(PRESET)/pretrain_resnet20.yaml $(H)/params/$(PRESET)/preset.yaml | $(READY) $(DATA)
 	@$(RUN) $(<:$(H)/%=%) $@ -f params/$(PRESET)/pretrain_resnet20.yaml
 	@touch $(R)/.changed
@@ -153,32 +154,38 @@ $(R)/notebooks/skips.ipynb: $(H)/notebooks/06_skip_connections.ipynb $(LIBRARY) 
 	@touch $(R)/.changed
 
 own-network: $(R)/html/own_network.html
+	@echo "Page:      $<"
 $(R)/notebooks/own_network.ipynb: $(H)/notebooks/07_your_own_network.ipynb $(H)/params/own_network/$(PRESET).yaml $(LIBRARY) | $(READY) $(DATA)
 	@$(RUN) $(<:$(H)/%=%) $@ -f params/own_network/$(PRESET).yaml
 	@touch $(R)/.changed
 
 cliff: $(R)/html/cliff.html
+	@echo "Page:      $<"
 $(R)/notebooks/cliff.ipynb: $(H)/notebooks/08_the_cliff.ipynb $(H)/params/cliff.yaml $(H)/params/$(PRESET)/cliff.yaml $(H)/params/$(PRESET)/preset.yaml $(LIBRARY) $(R)/notebooks/pretrain.ipynb
 	@$(RUN) $(<:$(H)/%=%) $@ -p preset $(PRESET) -p jobs $(JOBS)
 	@touch $(R)/.changed
 
 controls: $(R)/html/controls.html
+	@echo "Page:      $<"
 $(R)/notebooks/controls.ipynb: $(H)/notebooks/09_controls.ipynb $(H)/params/controls.yaml $(H)/params/published.yaml $(H)/params/$(PRESET)/controls.yaml $(H)/params/$(PRESET)/preset.yaml $(LIBRARY) $(R)/notebooks/pretrain.ipynb
 	@$(RUN) $(<:$(H)/%=%) $@ -p preset $(PRESET) -p jobs $(JOBS)
 	@touch $(R)/.changed
 
 unfinished: $(R)/html/unfinished.html
+	@echo "Page:      $<"
 $(R)/notebooks/unfinished.ipynb: $(H)/notebooks/10_unfinished_models.ipynb $(H)/params/$(PRESET)/unfinished.yaml $(H)/params/report/unfinished.yaml $(foreach e,fig1 fig2 fig3,$(R)/notebooks/$(e).ipynb)
 	@$(RUN) $(<:$(H)/%=%) $@ -p preset $(PRESET)
 	@touch $(R)/.changed
 
 # Two that measure time would measure each other: asked for together, one waits for the other.
 time-and-memory: $(R)/html/time_and_memory.html
+	@echo "Page:      $<"
 $(R)/notebooks/time_and_memory.ipynb: $(H)/notebooks/11_time_and_memory.ipynb $(H)/params/$(PRESET)/time_and_memory.yaml $(LIBRARY) $(R)/notebooks/pruned.ipynb
 	@$(RUN) $(<:$(H)/%=%) $@ -f params/$(PRESET)/time_and_memory.yaml
 	@touch $(R)/.changed
 
 how-cost-grows: $(R)/html/how_cost_grows.html
+	@echo "Page:      $<"
 $(R)/notebooks/how_cost_grows.ipynb: $(H)/notebooks/12_how_cost_grows.ipynb $(H)/params/$(PRESET)/how_cost_grows.yaml $(LIBRARY) \
     | $(READY) $(if $(filter time-and-memory,$(MAKECMDGOALS)),$(R)/notebooks/time_and_memory.ipynb)
 	@$(RUN) $(<:$(H)/%=%) $@ -f params/$(PRESET)/how_cost_grows.yaml
@@ -190,6 +197,7 @@ coverage: | $(READY)
 # ---- figures, report, pages
 
 figures: $(R)/notebooks/figures.ipynb
+	@echo "Figures:   $(R)/figures/"
 $(R)/notebooks/figures.ipynb: $(H)/notebooks/04_figures.ipynb $(H)/params/claims.yaml $(foreach e,$(EXPERIMENTS),$(R)/notebooks/$(e).ipynb)
 	@$(RUN) $(<:$(H)/%=%) $@ -p preset $(PRESET)
 	@touch $(R)/.changed
@@ -199,6 +207,7 @@ $(R)/notebooks/report.ipynb: $(H)/notebooks/05_report.ipynb $(H)/params/claims.y
 	@touch $(R)/.changed
 
 html: $(R)/report.html $(PAGES)
+	@echo "Pages:     $(R)/html/"
 $(R)/html/%.html: $(R)/notebooks/%.ipynb $(call inputs,notebooks/export.py notebooks/sanitise.py $(wildcard notebooks/offline/*))
 	@$(BIN)/python notebooks/export.py $< $@ --seal $(R)
 	@touch $(R)/.changed

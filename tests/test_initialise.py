@@ -81,6 +81,16 @@ def test_a_ridge_out_of_range_is_named(ridge):
         ParallelModel(network, 0.5, x[:2], init="least_squares", images=x, ridge=ridge)
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [({"init": "select", "ridge": 0.1}, "ridge is for"), ({"images": True}, "images are for")],
+)
+def test_what_the_init_does_not_use_is_refused(given, message):
+    network, x = network_and_images(["conv"], "mean", 0)
+    with pytest.raises(UsageError, match=message):
+        ParallelModel(network, 0.5, x[:2], **given | {"images": x})
+
+
 @pytest.mark.parametrize("bias", [0.0, 0.3])
 def test_layers_that_are_dead_for_all_images_stay_finite(bias):
     torch.manual_seed(0)
@@ -143,7 +153,8 @@ def test_least_squares_says_what_it_does_not_reach_and_comes_nearer_than_selecti
     x = torch.randn(60, 2, 8, 8, dtype=torch.float64)
     distance = {}
     for init in ("random", "select", "least_squares"):
-        model = ParallelModel(network, 0.5, x[:2], init=init, images=x).eval()
+        seen = None if init == "random" else x
+        model = ParallelModel(network, 0.5, x[:2], init=init, images=seen).eval()
         model.alpha = 0.0
         distance[init] = (model(x) - network(x)).square().mean().item()
     assert distance["least_squares"] < distance["select"] < distance["random"]

@@ -102,6 +102,25 @@ def test_what_is_damaged_of_figures_tables_and_pages_is_named_and_made_again(rep
     assert done.stdout.startswith("Nothing to do") and not done.stderr
 
 
+def test_damaged_records_of_stages_are_named_and_trained_again_by_the_same_make(reproduced):
+    """No notebook is old by its inputs then; the seal of each that was made from a record makes it so."""
+    folder, _ = reproduced
+    results = folder / "results" / "smoke"
+    card = (results / "scorecard.csv").read_bytes()
+    (weights,) = (results / "stages" / "fig3").glob("a0.0125-*/weights.safetensors")
+    (history,) = (results / "stages" / "fig1").glob("a0.0125-lr0.001-*/history.csv")
+    weights.write_bytes(weights.read_bytes()[:1000])
+    history.unlink()
+    done = make(folder, "reproduce-figures")
+    assert done.returncode == 0
+    for path, what in ((weights, "damaged"), (history, "missing")):
+        assert f"alphaprune: {path.relative_to(folder)} is {what}; " in done.stderr
+    trained = set(re.findall(r"\[(\w+)\] stage \d+/1 (\S+):", done.stdout))
+    assert trained == {("fig3", "a0.0125-lr0.0001"), ("fig1", "a0.0125-lr0.001")}, done.stdout
+    assert (results / "scorecard.csv").read_bytes() == card
+    assert make(folder, "reproduce-figures").stdout.startswith("Nothing to do")
+
+
 def test_scorecard_has_a_verdict_for_every_claim(reproduced):
     card = pd.read_csv(reproduced[0] / "results" / "smoke" / "scorecard.csv")
     assert len(card) >= 15
@@ -163,7 +182,7 @@ def test_an_experiment_runs_again_when_its_content_changes_alone_and_trains_noth
     folder, _ = reproduced
     file = folder / "params" / "smoke" / "fig2.yaml"
     os.utime(file)  # as a checkout does
-    assert make(folder, "fig2").stdout == ""
+    assert make(folder, "fig2").stdout == "Notebook:  results/smoke/notebooks/fig2.ipynb\n"
     file.write_text(file.read_text() + "# a remark\n")
     done = make(folder, "fig2")
     assert done.returncode == 0 and "[fig2] 0 stages to train, 3 already recorded" in done.stdout

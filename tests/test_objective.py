@@ -24,7 +24,7 @@ def network(classes=10):
 
 
 def model(alpha=0.5, init="least_squares"):
-    made = ParallelModel(network(), 0.5, IMAGES[:2], init=init, images=IMAGES)
+    made = ParallelModel(network(), 0.5, IMAGES[:2], init=init, images=None if init == "random" else IMAGES)
     made.alpha = alpha
     return made
 

@@ -31,7 +31,8 @@ import numpy as np
 import pandas as pd
 from pydantic import Field
 
-from alphaprune.errors import UsageError, shown
+from alphaprune import pretrained
+from alphaprune.errors import Missing, UsageError, shown
 from alphaprune.experiment import Experiment
 from alphaprune.interrupt import Interrupted, ending_with_a_line
 from alphaprune.methods import (
@@ -80,6 +81,10 @@ class _Method:
         from alphaprune.layer_widths import recorded
 
         settings = self._settings(lr, keep_ratio, seed)
+        try:
+            pretrained.digest(settings, self.root)
+        except Missing as e:
+            return str(e)
         if settings.widths != "uniform" and recorded(settings, self.root) is None:
             return "the widths are not measured yet"
         of = self.of(lr, keep_ratio, seed)

@@ -26,6 +26,10 @@ class Damaged(UsageError):
     """A file that is there, but not as it was written. Whoever asked makes it again, where it can."""
 
 
+class Missing(UsageError):
+    """What another command makes first; the message names that command."""
+
+
 def shown(value: Any, longest: int = 60) -> str:
     """A value that was given, for a message: its `repr`, cut."""
     try:

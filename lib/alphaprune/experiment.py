@@ -26,13 +26,13 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from alphaprune import pretrained, yaml_text
-from alphaprune.errors import UsageError, shown
+from alphaprune.errors import Missing, UsageError, shown
 from alphaprune.identity import Node
 from alphaprune.interrupt import ending_with_a_line
 from alphaprune.lock import only_here
 from alphaprune.mending import mend, publish, publishes
 from alphaprune.progress import Progress
-from alphaprune.recorded import Recorded
+from alphaprune.recorded import NOT_RECORDED, Recorded
 from alphaprune.records import COLUMNS
 from alphaprune.settings import check_names, given_parameters
 from alphaprune.stages import of_file
@@ -103,12 +103,23 @@ class Experiment(Recorded):
         return self.history()
 
     def reasons(self) -> list[str]:
-        """A line a stage that would run, and why; one line if none would."""
-        lines = [f"{name}: {self._needs(node)}" for name, node in self._to_run().items()]
-        if lines and publishes(self) and self._is_published():
-            lines = [
+        """What would run, and why: a line for each stage that is recorded in some way, one for all that are not, one if none would run."""
+        to_run = self._to_run()
+        if to_run and publishes(self) and self._is_published():
+            return [
                 f"{self.settings.experiment}: published in {self.settings.publish}, which the others start from; not trained again"
             ]
+        why = {name: self._needs(node) for name, node in to_run.items()}
+        new: dict[str, list[str]] = {}
+        for name in (n for n, reason in why.items() if reason == NOT_RECORDED):
+            new.setdefault(to_run[name].settings.experiment, []).append(name)
+        lines = [f"{name}: {reason}" for name, reason in why.items() if reason != NOT_RECORDED]
+        lines += [
+            f"{experiment}: {len(names)} stages are {NOT_RECORDED}, from {names[0].partition('/')[2]} on"
+            if len(names) > 1
+            else f"{names[0]}: {NOT_RECORDED}"
+            for experiment, names in new.items()
+        ]
         return lines or [f"{self.settings.experiment}: all {len(self.stages)} stages are recorded"]
 
     def _to_run(self, weights: bool = False) -> dict[str, Node]:
@@ -200,7 +211,13 @@ def _run_all(files: list[Path], given: dict[str, Any], only_why: bool) -> None:
     said: list[str] = []
     for file in files:
         preset, name, root = of_file(file)
-        experiment = Experiment(preset, name, root, **given)
+        try:
+            experiment = Experiment(preset, name, root, **given)
+        except Missing as e:
+            if not only_why:
+                raise
+            print(f"{name}: all stages, once there is what they start from: {e}")
+            continue
         if only_why:
             new = [line for line in experiment.reasons() if line not in said]  # a parent of several
             said += new

@@ -116,8 +116,8 @@ def fit_branches(model: Lockstep, batches: Sequence[Inputs], ridge: float = RIDG
                     del values[read.name]
     if few := [name for name, found in report.items() if found["ridge"] > ridge]:
         warnings.warn(
-            f"too few images for the least squares at {', '.join(few)}: {PLACES} places are needed for each channel kept, which "
-            f"for a linear layer are images; with a ridge of {LARGER_RIDGE:g} the fit stays near plain selection there",
+            f"too few images for the least squares at {', '.join(few)}: {PLACES} places are needed for each of a layer's channels, and "
+            f"an image is one place for a linear layer; there the ridge is {max(ridge, LARGER_RIDGE):g}, and the fit stays near plain selection",
             stacklevel=4,
         )
     return report

@@ -63,6 +63,13 @@ def load_comparison(name: str, root: Path) -> Comparison:
     """Read and check `params/<name>.yaml` (raises UsageError)."""
     check("name", name, Name, "give that of a file in params/, such as controls")
     file = root / "params" / f"{name}.yaml"
+    if not file.exists():
+        others = [
+            p.stem
+            for p in sorted(file.parent.glob("*.yaml"))
+            if "\nmethods:" in p.read_text(errors="replace")
+        ]
+        raise UsageError(f"{file} does not exist; there are: {', '.join(others)}")
     try:
         found = Comparison.model_validate(yaml_text.read(file))
     except ValidationError as e:

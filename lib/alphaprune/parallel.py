@@ -425,6 +425,12 @@ def _check_init(
         raise UsageError(f"init is {init!r}; use {', '.join(get_args(Init))}")
     if isinstance(ridge, bool) or not isinstance(ridge, Real) or not 0 < ridge <= LARGEST_RIDGE:
         raise UsageError(f"ridge is {ridge!r}; give a number above 0, such as 0.1, {LARGEST_RIDGE:g} at most")
+    if ridge != RIDGE and init != "least_squares":
+        raise UsageError(f"ridge is for init='least_squares'; init is {init!r}")
+    if images is not None and init == "random":
+        raise UsageError(
+            "images are for init='select' and init='least_squares'; give one of them, or no images"
+        )
     if init == "least_squares" and images is None:
         raise UsageError("init='least_squares' needs images; pass a few thousand of the training images")
     if images is None:

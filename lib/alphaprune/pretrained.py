@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from alphaprune.errors import Damaged, UsageError
+from alphaprune.errors import Damaged, Missing, UsageError
 from alphaprune.records import StageRecord, read_history, read_record
 from alphaprune.settings import Settings
 from alphaprune.storage import digest_file, digest_of, read_digest
@@ -24,13 +24,12 @@ def digest(settings: Settings, root: Path) -> str:
     is believed, so that figures are drawn from records where the weights are not.
 
     Raises:
-        UsageError: if the weights are missing, or no two agree.
+        Missing: if the weights are.
+        Damaged: if no two agree.
     """
     path = root / settings.base
     if not path.is_file() and not digest_file(path).exists():
-        raise UsageError(
-            f"the pretrained weights {settings.base} are missing; run `make pretrain PRESET={settings.preset}`"
-        )
+        raise Missing(f"the pretrained weights {settings.base} are missing; run `{_trained_by(settings)}`")
     said = [digest_of(path)] if path.is_file() else []
     with suppress(UsageError):
         said.append(read_digest(path))
@@ -84,7 +83,18 @@ def damage(settings: Settings, root: Path) -> str | None:
 def remedy(settings: Settings) -> str:
     """What to do about damaged pretrained weights that nothing here can make good."""
     folder = Path(settings.base).parent.as_posix()
-    return f"bring them back, with `git checkout -- {folder}` where git has them, or `make pretrain PRESET={settings.preset}`"
+    return (
+        f"bring them back, with `git checkout -- {folder}` where git has them, or `{_trained_by(settings)}`"
+    )
+
+
+def _trained_by(settings: Settings) -> str:
+    """The command that trains what lies in the folder of `base`: `pretrained` is the preset's VGG-16, `pretrained_x` another network."""
+    folder = Path(settings.base).parent.name
+    if folder.startswith("pretrained_"):
+        other = folder.removeprefix("pretrained_")
+        return f"python -m alphaprune.experiment params/{settings.preset}/pretrain_{other}.yaml"
+    return f"make pretrain PRESET={settings.preset}"
 
 
 def network(settings: Settings, root: Path) -> nn.Module:
@@ -98,7 +108,7 @@ def network(settings: Settings, root: Path) -> nn.Module:
     except WrongWeights as e:
         raise UsageError(
             f"the weights in {settings.base} do not fit a {settings.network} of width {settings.width:g}; set width to "
-            f"theirs, or base to another file and run `make pretrain PRESET={settings.preset}` ({e})"
+            f"theirs, or base to another file and run `{_trained_by(settings)}` ({e})"
         ) from None
     except Damaged as e:
         raise Damaged(f"{e}; {remedy(settings)}") from None

@@ -21,6 +21,8 @@ from alphaprune.stages import Stages
 from alphaprune.storage import digest_file, digest_of
 from alphaprune.why import what_changed
 
+NOT_RECORDED = "not recorded yet"
+
 
 class Recorded(Stages):
     """An experiment and its records. Arguments and errors as of `experiment.Experiment`."""
@@ -71,11 +73,11 @@ class Recorded(Stages):
             if self.weights(node).exists() or record.with_name("history.csv").exists():
                 return f"{record} is missing"
             if not files:
-                return "not recorded yet"
+                return NOT_RECORDED
             earlier = [c.get("determines", {}) for c in _whole(files).values()]
             alike = [e for e in earlier if all(e.get(key) == node.determines.get(key) for key in same)]
             if not alike:
-                return "not recorded yet"
+                return NOT_RECORDED
             changed = what_changed(node.determines, [e for e in alike if e])
             return f"recorded with other inputs{f' ({changed})' if changed else ''}"
         try:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 import random
+import warnings
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -53,6 +54,16 @@ def damages(
     Returns:
         By group, named by its layers joined with ", ", the damage in nats at each ratio.
     """
+    with warnings.catch_warnings(record=True) as said:  # the same of each of some fifty models
+        found = _damages(network, images, exclude, ratios)
+    for message in dict.fromkeys(str(w.message) for w in said):
+        warnings.warn(message, stacklevel=2)
+    return found
+
+
+def _damages(
+    network: nn.Module, images: Tensor | tuple[Tensor, ...], exclude: Sequence[str], ratios: Sequence[float]
+) -> dict[str, dict[float, float]]:
     example = tuple(x[:1] for x in as_inputs(images))
     structure = ParallelModel(network, 1.0, example, exclude=exclude).structure
     expected = _answers(network, images)

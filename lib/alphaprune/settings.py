@@ -396,9 +396,12 @@ def _validate(
         elif first["type"] == "missing":
             message = "missing; add it here or in preset.yaml"
         elif isinstance(value, str) and first["type"] in ("float_type", "int_type"):
-            message = (
-                f"{shown(value)} is text, a number is needed; YAML reads 1.0e-3 as a number, but 1e-3 as text"
+            hint = (
+                "; YAML reads 1.0e-3 as a number, but 1e-3 as text"
+                if re.match(r"[+-]?\d+e", value, re.I)
+                else ""
             )
+            message = f"{shown(value)} is text, a number is needed{hint}"
         else:
             message = f"{message}, not {shown(value)}"
         file = origin.get(key, file)

@@ -134,7 +134,9 @@ class StageNetworks:
         init = node.stage.refit or s.init
         options: dict[str, Any] = {}
         if fitted and init != "random":
-            options = {"init": init, "images": first_images(s), "ridge": s.init_ridge}
+            options = {"init": init, "images": first_images(s)}
+            if init == "least_squares":
+                options["ridge"] = s.init_ridge
         # Behind the seed: finding the ratios draws random numbers too, and results recorded so far depend on it.
         return ParallelModel(network, ratios(s, self.of.root), example_image(), **options)
 
