@@ -11,7 +11,7 @@ as `make test-faults` sets it, they are 10,000.
 import contextlib
 import datetime
 import hashlib
-import importlib.util
+import importlib
 import io
 import json
 import os
@@ -445,9 +445,7 @@ def test_a_damaged_table_of_a_comparison(root, capsys, content):
 
 def execute(root, *arguments):
     """notebooks/execute.py in this process."""
-    spec = importlib.util.spec_from_file_location("execute", ROOT / "notebooks" / "execute.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = importlib.import_module("execute")
     notebook = str(ROOT / "notebooks" / "02_alpha_decay.ipynb")
     raise SystemExit(module.main([notebook, str(root / "results" / "out.ipynb"), *arguments]))
 
