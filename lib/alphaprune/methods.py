@@ -53,6 +53,7 @@ class Comparison(BaseModel):
 
 
 def check(what: str, value: Any, kind: Any, remedy: str) -> None:
+    """Raise UsageError, with `what` and `remedy`, if a value is not of a kind, a type with the bounds it has for pydantic."""
     try:
         TypeAdapter(kind).validate_python(value, strict=True)
     except ValidationError:
