@@ -114,7 +114,9 @@ $(H)/%: % FORCE
 # ---- experiments: a notebook each, with the right parents
 
 experiments: $(foreach e,$(EXPERIMENTS) pruned,$(R)/notebooks/$(e).ipynb)
-$(EXPERIMENTS) pruned: %: $(R)/notebooks/%.ipynb
+$(EXPERIMENTS): %: $(R)/notebooks/%.ipynb
+	@echo "Notebook:  $<"
+pruned: $(R)/notebooks/pruned.ipynb
 	@echo "Notebook:  $<"
 
 $(R)/notebooks/pretrain.ipynb: $(H)/notebooks/01_pretraining.ipynb $(H)/params/$(PRESET)/pretrain.yaml $(H)/params/$(PRESET)/preset.yaml | $(READY) $(DATA)
