@@ -105,11 +105,10 @@ class _Method:
         except LookupError as e:
             return str(e)
         runs = [(ratio, seed) for ratio in plan.keep_ratios for seed in plan.seeds]
-        left = [run for run in runs if self.missing(lr, *run)]
+        left = [(*run, why) for run in runs if (why := self.missing(lr, *run))]
         if not left:
             return f"all {len(runs)} runs are recorded, lr {lr:g}"
-        ratio, seed = left[0]
-        why = self.missing(lr, ratio, seed)
+        ratio, seed, why = left[0]
         return f"{len(left)} of {len(runs)} runs are to be trained, lr {lr:g}; at keep_ratio {ratio:g}, seed {seed}: {why}"
 
     def _settings(self, lr: float, keep_ratio: float, seed: int) -> Settings:
