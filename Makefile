@@ -10,6 +10,8 @@ PYTHON ?= python3
 JOBS ?= $(if $(filter report,$(PRESET)),1,2)
 MAKEFLAGS += --no-builtin-rules --jobs=$(JOBS)
 SHELL := /bin/bash
+# Large pages for what glibc's malloc gives out: training steps take 3 to 10 % less time. Elsewhere nothing reads this.
+export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 .DELETE_ON_ERROR:
 .SUFFIXES:
 
@@ -179,18 +181,19 @@ $(R)/notebooks/unfinished.ipynb: $(H)/notebooks/10_unfinished_models.ipynb $(H)/
 	@$(RUN) $(<:$(H)/%=%) $@ -p preset $(PRESET)
 	@touch $(R)/.changed
 
-# Two that measure time would measure each other: asked for together, one waits for the other.
+# Two that measure time would measure each other: asked for together, one waits for the other. Memory is measured as a network has it
+# that no Makefile started.
 time-and-memory: $(R)/html/time_and_memory.html
 	@echo "Page:      $<"
 $(R)/notebooks/time_and_memory.ipynb: $(H)/notebooks/11_time_and_memory.ipynb $(H)/params/$(PRESET)/time_and_memory.yaml $(LIBRARY) $(R)/notebooks/pruned.ipynb
-	@$(RUN) $(<:$(H)/%=%) $@ -f params/$(PRESET)/time_and_memory.yaml
+	@GLIBC_TUNABLES= $(RUN) $(<:$(H)/%=%) $@ -f params/$(PRESET)/time_and_memory.yaml
 	@touch $(R)/.changed
 
 how-cost-grows: $(R)/html/how_cost_grows.html
 	@echo "Page:      $<"
 $(R)/notebooks/how_cost_grows.ipynb: $(H)/notebooks/12_how_cost_grows.ipynb $(H)/params/$(PRESET)/how_cost_grows.yaml $(LIBRARY) \
     | $(READY) $(if $(filter time-and-memory,$(MAKECMDGOALS)),$(R)/notebooks/time_and_memory.ipynb)
-	@$(RUN) $(<:$(H)/%=%) $@ -f params/$(PRESET)/how_cost_grows.yaml
+	@GLIBC_TUNABLES= $(RUN) $(<:$(H)/%=%) $@ -f params/$(PRESET)/how_cost_grows.yaml
 	@touch $(R)/.changed
 
 coverage: | $(READY)

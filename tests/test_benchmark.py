@@ -25,7 +25,16 @@ def test_everything_is_measured_with_its_target(measured):
     table, lines = measured
     assert list(table.columns) == COLUMNS and (table["value"] > 0).all()
     with_target = table[table["target"] != ""]
-    for part in ("alpha 1", "alpha 0.5", "alpha 0", "images given", "folded, optimised", "least squares"):
+    parts = (
+        "alpha 1",
+        "alpha 0.5",
+        "alpha 0",
+        "images given",
+        "folded, optimised",
+        "of 16, optimised",
+        "least squares",
+    )
+    for part in parts:
         assert with_target["what"].str.contains(part, regex=False).any(), part
     assert with_target["holds"].isin([True, False]).all()
     assert len([line for line in lines if not line.startswith("[")]) == len(table)
