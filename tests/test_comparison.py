@@ -97,11 +97,14 @@ def test_why_names_what_would_be_trained_and_what_changed(prepared, capsys, monk
     assert len(list(stages.glob("*/run.json"))) == 2  # nothing was trained for an answer
 
 
-def test_what_was_left_without_test_accuracy_and_weights_is_trained_anew(prepared):
+def test_what_was_left_without_test_accuracy_and_weights_is_trained_anew(prepared, capsys, monkeypatch):
     table = compare("controls", "smoke", prepared, ["scratch"], seeds=[0], say=lambda line: None)
     stages = prepared / "results" / "smoke" / "stages" / "controls"
     for file in [*stages.glob("*/final.json"), *stages.glob("*/weights.safetensors*")]:
         file.unlink()
+    monkeypatch.chdir(prepared)
+    main(["controls", "smoke", "--why"])
+    assert "weights of stage-0 are missing, and its test accuracy was not read" in capsys.readouterr().out
     again = compare("controls", "smoke", prepared, ["scratch"], seeds=[0], say=lambda line: None)
     pd.testing.assert_frame_equal(table.drop(columns="seconds"), again.drop(columns="seconds"))
     assert len(list(stages.glob("*/weights.safetensors"))) == 1  # that one, and not what the search tried

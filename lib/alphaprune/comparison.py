@@ -76,8 +76,8 @@ class _Method:
         of.run(lambda line: None, weights=finals and not final_file(of).is_file())
         return of
 
-    def missing(self, lr: float, keep_ratio: float, seed: int) -> str | None:
-        """Why something would be trained, None if nothing would."""
+    def missing(self, lr: float, keep_ratio: float, seed: int, finals: bool = False) -> str | None:
+        """Why something would be trained, None if nothing would; `finals` as of `train`."""
         from alphaprune.layer_widths import recorded
 
         settings = self._settings(lr, keep_ratio, seed)
@@ -89,7 +89,12 @@ class _Method:
             return "the widths are not measured yet"
         of = self.of(lr, keep_ratio, seed)
         whys = ((n.stage.name, of.why(n, same=("stage", "seed"))) for n in of.stages)
-        return next((f"{stage} {why}" for stage, why in whys if why is not None), None)
+        if found := next((f"{stage} {why}" for stage, why in whys if why is not None), None):
+            return found
+        last = of.stages[-1]
+        if finals and not final_file(of).is_file() and not of.weights(last).is_file():
+            return f"the weights of {last.stage.name} are missing, and its test accuracy was not read"
+        return None
 
     def reason(self, plan: Comparison) -> str:
         """What would be trained and why, as far as the search of the learning rate can be foreseen."""
@@ -105,7 +110,7 @@ class _Method:
         except LookupError as e:
             return str(e)
         runs = [(ratio, seed) for ratio in plan.keep_ratios for seed in plan.seeds]
-        left = [(*run, why) for run in runs if (why := self.missing(lr, *run))]
+        left = [(*run, why) for run in runs if (why := self.missing(lr, *run, finals=True))]
         if not left:
             return f"all {len(runs)} runs are recorded, lr {lr:g}"
         ratio, seed, why = left[0]
