@@ -80,7 +80,7 @@ help:
 	@echo "make benchmark-check     the same without that; fails where a ratio falls short of its target"
 	@echo "make audit               known vulnerabilities of what requirements.lock names"
 	@echo "make lock                resolve requirements.lock anew"
-	@echo "make clean               remove results/$(PRESET) but for the pretrained networks"
+	@echo "make clean               remove results/$(PRESET) but for pretrained networks, widths and what is compared"
 	@echo "Presets (PRESET=...):    $(PRESETS); now $(PRESET). Notebooks at once (JOBS=...): now $(JOBS)"
 
 # ---- environment and data
@@ -248,5 +248,7 @@ benchmark-check: | $(READY)
 audit: | $(READY)
 	@$(BIN)/python notebooks/audit.py requirements.lock
 
+# What is compared took hours, and is what the tables beside it say.
+COMPARED := $(addprefix $(R)/stages/,controls cliff unfinished)
 clean:
-	rm -rf $(R)/.inputs $(R)/.seals $(R)/notebooks $(R)/html $(R)/figures $(R)/stages $(R)/bundle $(R)/own_images $(R)/report.html $(R)/scorecard.csv
+	rm -rf $(R)/.inputs $(R)/.seals $(R)/notebooks $(R)/html $(R)/figures $(filter-out $(COMPARED),$(wildcard $(R)/stages/*)) $(R)/bundle $(R)/own_images $(R)/report.html $(R)/scorecard.csv

@@ -290,7 +290,7 @@ def test_results_that_cannot_be_written_are_named_and_stay(twins, for_all, recor
     assert subprocess.run(command(project), cwd=project, capture_output=True).returncode == 0
     assert contents(project) == contents(undisturbed)
     fault(
-        "results that may not be written",
+        f"results that may not be written, {recorded} of 3 stages recorded",
         1,
         f"named in one line, exit code 2; what is recorded stays; with the right again {AS_BEFORE}",
     )
