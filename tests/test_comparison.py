@@ -1,5 +1,6 @@
 """Controls: every method the same images, its own learning rate, nothing run twice."""
 
+import json
 import re
 import signal
 import subprocess
@@ -7,6 +8,7 @@ import sys
 import time
 
 import pandas as pd
+import psutil
 import pytest
 import yaml
 from conftest import ROOT
@@ -14,8 +16,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from alphaprune import UsageError
-from alphaprune.comparison import COLUMNS, climb, compare, experiment, load_comparison, main, summary
+from alphaprune.comparison import (
+    COLUMNS,
+    climb,
+    compare,
+    experiment,
+    load_comparison,
+    main,
+    provenance,
+    summary,
+)
 from alphaprune.experiment import Experiment
+from alphaprune.records import write_record
 
 GRID = [0.005, 0.01, 0.02, 0.05, 0.1]
 
@@ -108,6 +120,70 @@ def test_what_was_left_without_test_accuracy_and_weights_is_trained_anew(prepare
     again = compare("controls", "smoke", prepared, ["scratch"], seeds=[0], say=lambda line: None)
     pd.testing.assert_frame_equal(table.drop(columns="seconds"), again.drop(columns="seconds"))
     assert len(list(stages.glob("*/weights.safetensors"))) == 1  # that one, and not what the search tried
+
+
+def test_a_test_accuracy_that_is_damaged_or_of_other_weights_is_read_anew(prepared):
+    table = compare("controls", "smoke", prepared, ["scratch"], seeds=[0], say=lambda line: None)
+    [file] = (prepared / "results" / "smoke" / "stages" / "controls").glob("*/final.json")
+    whole, weights = file.read_bytes(), file.with_name("weights.safetensors")
+    changed = json.loads(whole) | {"test_accuracy": 1.0, "weights_sha256": "0" * 64}
+    del changed["record_format"], changed["record_sha256"]
+    write_record(file, changed)
+    again = compare("controls", "smoke", prepared, ["scratch"], seeds=[0], say=lambda line: None)
+    assert again["test_accuracy"].tolist() == table["test_accuracy"].tolist() and file.read_bytes() == whole
+    file.write_bytes(whole[:-40])  # damaged, and the weights left behind, as after a clone
+    weights.unlink()
+    again = compare("controls", "smoke", prepared, ["scratch"], seeds=[0], say=lambda line: None)
+    assert again["test_accuracy"].tolist() == table["test_accuracy"].tolist() and weights.is_file()
+
+
+def test_a_table_has_one_row_a_run_also_where_the_budget_has_changed(prepared):
+    only = {"methods": ["scratch"], "seeds": [0], "say": lambda line: None}
+    compare("controls", "smoke", prepared, **only)
+    file = prepared / "params" / "smoke" / "controls.yaml"
+    file.write_text(yaml.safe_dump(yaml.safe_load(file.read_text()) | {"max_epochs": 2}))
+    compare("controls", "smoke", prepared, **only)
+    written = pd.read_csv(prepared / "results" / "smoke" / "controls.csv")
+    assert written["images"].tolist() == [2 * 128]
+
+
+def test_a_budget_below_an_epoch_a_stage_is_no_row_of_its_own(prepared):
+    file = prepared / "params" / "controls.yaml"
+    file.write_text(yaml.safe_dump(yaml.safe_load(file.read_text()) | {"budgets": [0.2, 0.5]}))
+    quick = {"methods": ["report's recipe"], "seeds": [0], "say": lambda line: None}
+    table = compare("controls", "smoke", prepared, budgets=True, **quick)
+    assert table["images"].tolist() == [6 * 128]  # six stages of an epoch, at every budget
+    command = provenance("controls", "smoke", table, budgets=True, root=prepared)["command"]
+    assert command == ["python -m alphaprune.comparison controls smoke --budgets"]
+
+
+def test_a_process_that_is_killed_is_no_traceback(prepared):
+    line = [sys.executable, "-m", "alphaprune.comparison", "controls", "smoke", "--seed", "0"]
+    run = subprocess.Popen(line, cwd=prepared, stderr=subprocess.PIPE, text=True)
+    stages = prepared / "results" / "smoke" / "stages" / "controls"
+    while run.poll() is None and not list(stages.glob("*/resume.*")):
+        time.sleep(0.05)
+    workers = [p for p in psutil.Process(run.pid).children() if "spawn_main" in " ".join(p.cmdline())]
+    workers[0].kill()
+    _, errors = run.communicate()
+    assert run.returncode == 2 and "Traceback" not in errors, (
+        errors
+    )  # multiprocessing itself may say what it cleans up
+    assert errors.startswith("alphaprune: a process that trained was killed; run the same command again")
+
+
+def test_in_a_worker_ctrl_c_is_left_to_the_parent():
+    code = """
+import os, signal
+from alphaprune.interrupt import SafePoints, leave_to_parent
+leave_to_parent()
+with SafePoints() as signals:
+    os.kill(os.getpid(), signal.SIGINT)
+    assert not signals.wanted
+    os.kill(os.getpid(), signal.SIGTERM)  # the first it hears of: it saves, and then stops
+    assert signals.wanted
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_stopped_it_saves_and_begins_nothing_that_waits(prepared):

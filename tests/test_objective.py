@@ -74,6 +74,14 @@ def test_matching_layers_trains_them_to_match():
     assert gap() < 0.6 * before
 
 
+def test_layers_are_matched_as_they_are_in_the_blend_also_beside_the_narrow_program():
+    made = model(alpha=0.5, init="random").eval()
+    both, alone = (
+        loss(made, network(), match_layers=1.0, **more).item() for more in ({"alongside": 1e-9}, {})
+    )
+    assert both == pytest.approx(alone, rel=1e-6)
+
+
 def test_alongside_adds_the_narrow_program_and_restores_alpha():
     made = model(alpha=0.4).eval()
     blended = loss(made)

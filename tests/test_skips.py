@@ -91,6 +91,21 @@ def test_bad_input_is_named():
             model.alpha = alpha
 
 
+def test_an_addition_with_a_factor_is_left_as_it_is():
+    class Half(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 3, 3, padding=1), nn.Conv2d(3, 3, 3, padding=1)
+
+        def forward(self, x):
+            x = torch.add(self.a(x), x, alpha=0.5)
+            return self.b(x) + x
+
+    network, x = Half().eval(), torch.randn(2, 3, 8, 8)
+    model = SkipModel(network, x).eval()
+    assert len(model.shortcuts) == 1 and torch.equal(model(x), network(x))
+
+
 def test_parallel_branches_of_equal_length_are_no_shortcut():
     class Two(nn.Module):
         def __init__(self):

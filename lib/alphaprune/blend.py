@@ -73,7 +73,7 @@ def without_training(
         accuracy: of a network, a share of 1.
 
     Returns:
-        Columns alpha, as_it_was, measured_anew, wide_share (the mean over mixers, with statistics anew; 0 where none reads wide).
+        Columns alpha, as_it_was, measured_anew, wide_share (the mean over mixers, with statistics anew; 1 at alpha 1, NaN where none varies).
     """
     rows = []
     for alpha in alphas:
@@ -82,7 +82,7 @@ def without_training(
         as_it_was = accuracy(probe)
         update_bn(images, probe)
         shares = wide_share(probe, images[0])
-        mean = sum(shares.values()) / len(shares) if shares else float("nan")
+        mean = 1.0 if alpha == 1 else sum(shares.values()) / len(shares) if shares else float("nan")
         rows.append(
             {"alpha": alpha, "as_it_was": as_it_was, "measured_anew": accuracy(probe), "wide_share": mean}
         )

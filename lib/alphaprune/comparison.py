@@ -4,7 +4,8 @@
 
 The methods are data: `params/<name>.yaml` holds stages and settings, `params/<preset>/<name>.yaml` what all of them share. Each method
 gets its learning rate from the same search on the validation images, with the first seed and keep_ratio; all others run with that rate. The
-epochs of the preset are divided evenly among a method's stages, so that all see the same number of images. What has run is recorded, stage by
+epochs of the preset are divided evenly among a method's stages, an epoch each at least, so that all see the same number of images as nearly as
+whole epochs allow. What has run is recorded, stage by
 stage, and not run again.
 """
 
@@ -18,10 +19,10 @@ if __name__ == "__main__":
 import argparse
 import multiprocessing
 import os
-import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,14 +35,14 @@ from pydantic import Field
 from alphaprune import pretrained
 from alphaprune.errors import Missing, UsageError, shown
 from alphaprune.experiment import Experiment
-from alphaprune.interrupt import Interrupted, ending_with_a_line
+from alphaprune.interrupt import Interrupted, ending_with_a_line, leave_to_parent
 from alphaprune.methods import (
     Comparison,
     KeepRatio,
     Seed,
     check,
     experiment,
-    final_file,
+    final,
     load_comparison,
     settings_of,
 )
@@ -53,6 +54,7 @@ COLUMNS = [
     "method", "seed", "keep_ratio", "images", "seconds", "params", "macs", "val_accuracy", "test_accuracy", "start_accuracy", "lr",
     "searched",
 ]  # fmt: skip
+LIKE = ["method", "seed", "keep_ratio"]  # of rows that are made together
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,9 @@ class _Method:
         """The experiment that the method is, trained as far as it is not recorded; with `finals` also where the last weights are gone
         before their test accuracy was read."""
         of = self.of(lr, keep_ratio, seed, budget)
-        of.run(lambda line: None, weights=finals and not final_file(of).is_file())
+        of.run(lambda line: None)
+        if finals and final(of) is None:
+            of.run(lambda line: None, weights=True)
         return of
 
     def missing(self, lr: float, keep_ratio: float, seed: int, finals: bool = False) -> str | None:
@@ -88,11 +92,11 @@ class _Method:
         if settings.widths != "uniform" and recorded(settings, self.root) is None:
             return "the widths are not measured yet"
         of = self.of(lr, keep_ratio, seed)
-        whys = ((n.stage.name, of.why(n, same=("stage", "seed"))) for n in of.stages)
+        whys = ((n.stage.name, of.why(n, same=("stage", "seed")) or of.weights_damage(n)) for n in of.stages)
         if found := next((f"{stage} {why}" for stage, why in whys if why is not None), None):
             return found
         last = of.stages[-1]
-        if finals and not final_file(of).is_file() and not of.weights(last).is_file():
+        if finals and final(of) is None and not of.weights(last).is_file():
             return f"the weights of {last.stage.name} are missing, and its test accuracy was not read"
         return None
 
@@ -216,20 +220,19 @@ def reasons(name: str, preset: str, root: Path | None = None) -> list[str]:
 @contextmanager
 def _workers(jobs: int) -> Iterator[ProcessPoolExecutor]:
     """Processes to run in. Where this one is stopped, they are told to save and stop too, and nothing new begins."""
-    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _leave_to_parent)
+    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), leave_to_parent)
     try:
         yield pool
-    except BaseException:
+    except BaseException as e:
         for worker in multiprocessing.active_children():
             worker.terminate()
         pool.shutdown(cancel_futures=True)
+        if isinstance(e, BrokenProcessPool):  # such as by the kernel, for want of memory
+            raise UsageError(
+                "a process that trained was killed; run the same command again with fewer jobs, it goes on"
+            ) from None
         raise
     pool.shutdown()
-
-
-def _leave_to_parent() -> None:
-    """Ctrl-C reaches all processes of a terminal; the one that has the others tells them."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _until_stopped(task: Callable[..., Any], *arguments: Any) -> Any:
@@ -257,10 +260,11 @@ def _earlier(target: Path) -> pd.DataFrame:
 
 
 def _merged(earlier: pd.DataFrame, table: pd.DataFrame, plan: Comparison) -> pd.DataFrame:
-    """Rows of earlier calls and new ones, the new ones in place of their like; in the order of the file."""
-    like = ["method", "seed", "keep_ratio", "images"]
-    both = pd.concat([t for t in (earlier, table) if len(t)], ignore_index=True)
-    both = both[both["method"].isin(plan.methods)].drop_duplicates(like, keep="last")
+    """Rows of earlier calls and new ones, which replace all of the same method, seed and keep_ratio; in the order of the file."""
+    new = pd.MultiIndex.from_frame(table[LIKE])
+    kept = earlier[~pd.MultiIndex.from_frame(earlier[LIKE]).isin(new)]
+    both = pd.concat([t for t in (kept, table) if len(t)], ignore_index=True)
+    both = both[both["method"].isin(plan.methods)]
     place = {m: i for i, m in enumerate(plan.methods)}
     order = both.assign(m=both["method"].map(place)).sort_values(["keep_ratio", "m", "images", "seed"])
     return order.drop(columns="m").reset_index(drop=True)
@@ -344,19 +348,20 @@ def curves(name: str, preset: str, table: pd.DataFrame, root: Path | None = None
     return pd.concat(parts, ignore_index=True)
 
 
-def provenance(name: str, preset: str, table: pd.DataFrame, root: Path | None = None) -> dict[str, Any]:
-    """What figures of a table that `compare` gave were made from, in the form of `alphaprune.provenance`."""
+def provenance(
+    name: str, preset: str, table: pd.DataFrame, budgets: bool = False, root: Path | None = None
+) -> dict[str, Any]:
+    """What figures of a table that `compare` gave were made from, in the form of `alphaprune.provenance`; `budgets` as it was there."""
     root = root or project_root()
     plan = load_comparison(name, root)
     rows = table[["method", "lr", "keep_ratio", "seed"]].drop_duplicates()
-    several = table["images"].nunique() > 1
     of = [
         experiment(name, preset, r.method, float(r.lr), float(r.keep_ratio), int(r.seed), budget, root)
         for r in rows.itertuples()
-        for budget in ((1.0, *plan.budgets) if several else (1.0,))
+        for budget in ((1.0, *plan.budgets) if budgets else (1.0,))
     ]
     found = merged(e.provenance() for e in of)
-    command = f"python -m alphaprune.comparison {name} {preset}{' --budgets' if several else ''}"
+    command = f"python -m alphaprune.comparison {name} {preset}{' --budgets' if budgets else ''}"
     return found | {"command": [command], "parameters": sorted([f"params/{name}.yaml", *found["parameters"]])}
 
 
@@ -392,11 +397,16 @@ def _run(
     )
 
     shared = {"method": method.method, "keep_ratio": keep_ratio, "lr": lr, "searched": searched}
-    return [
-        shared | {"seed": seed} | of_trained(method.train(lr, keep_ratio, seed, budget, finals=True))
-        for seed in seeds
-        for budget in budgets
-    ]
+    rows = {}
+    for seed in seeds:
+        for budget in budgets:
+            row = (
+                shared | {"seed": seed} | of_trained(method.train(lr, keep_ratio, seed, budget, finals=True))
+            )
+            rows.setdefault(
+                (seed, row["images"]), row
+            )  # small budgets of many stages are all an epoch a stage
+    return list(rows.values())
 
 
 def climb(grid: Sequence[float], first: float, reached: Callable[[float], float]) -> float:

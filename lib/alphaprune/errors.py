@@ -6,6 +6,7 @@ import re
 from typing import Any
 
 LONGEST = 2000  # characters of a message
+LONGEST_VALUE = 60  # of a value in it
 
 
 class UsageError(ValueError):
@@ -30,10 +31,10 @@ class Missing(UsageError):
     """What another command makes first; the message names that command."""
 
 
-def shown(value: Any, longest: int = 60) -> str:
+def shown(value: Any) -> str:
     """A value that was given, for a message: its `repr`, cut."""
     try:
         text = repr(value)
     except (ValueError, RecursionError):  # whole numbers of thousands of digits have no decimal form
         text = f"a {type(value).__name__} that is too large to be shown"
-    return text if len(text) <= longest else f"{text[:longest]}..."
+    return text if len(text) <= LONGEST_VALUE else f"{text[:LONGEST_VALUE]}..."

@@ -130,6 +130,10 @@ class Structure:
     def _fixed_roots(self) -> Tensor:  # only asked for when all reasons are known
         return torch.tensor(sorted(self.fixed), dtype=torch.long)
 
+    def layers(self) -> list[Mixer]:
+        """The mixers, an entry a layer, in the order of their first use."""
+        return list({m.key: m for m in self.mixers.values()}.values())
+
     def depthwise(self) -> list[ChannelLayer]:
         """The depthwise convolutions, an entry a layer."""
         layers = {x.key: x for x in self.channel_layers.values() if not x.is_parameter}.values()
@@ -138,7 +142,7 @@ class Structure:
     def tied(self) -> list[str]:
         """The mixers whose output channels are tied to another's, a line a group: `conv, blocks.0.conv2`."""
         groups: dict[int, list[str]] = {}
-        for mixer in {m.key: m for m in self.mixers.values()}.values():
+        for mixer in self.layers():
             roots = set(self.ties.roots(mixer.ids).tolist())
             group = next((g for g in groups if g in roots), min(roots))
             groups.setdefault(group, []).append(mixer.name)
@@ -519,7 +523,7 @@ class _Reader:
 
     def finish(self, exclude: Sequence[str]) -> Structure:
         s, roots = self.s, self.ties.roots
-        mixers = list({m.key: m for m in s.mixers.values()}.values())
+        mixers = s.layers()
         for pattern in exclude:
             layers = [*mixers, *s.depthwise()]
             if not isinstance(pattern, str):

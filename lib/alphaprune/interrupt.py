@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_left: set[signal.Signals] = set()  # to another process
 
 
 class Interrupted(BaseException):
@@ -45,7 +46,7 @@ def _handled(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, handler) for number in SIGNALS}
+    before = {number: signal.signal(number, handler) for number in SIGNALS if number not in _left}
     try:
         yield
     finally:
@@ -84,6 +85,12 @@ class SafePoints:
 
     def __exit__(self, *raised: object) -> None:
         self._context.__exit__(*raised)
+
+
+def leave_to_parent() -> None:
+    """In a worker: Ctrl-C reaches all processes of a terminal, and the one that has the others tells them, with SIGTERM."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _left.add(signal.SIGINT)
 
 
 def while_importing() -> None:

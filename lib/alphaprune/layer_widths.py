@@ -14,10 +14,12 @@ from torch import Tensor
 
 from alphaprune import data, pretrained, sources
 from alphaprune.errors import Damaged, UsageError
+from alphaprune.lock import only_here
 from alphaprune.models import NETWORKS, example_image
 from alphaprune.records import SensitivityRecord, read_record, write_record
 from alphaprune.sensitivity import allot, damages
 from alphaprune.settings import Settings
+from alphaprune.timing import torch_threads
 from alphaprune.train import accelerator_for_this_machine
 
 # Part of the identity of widths by sensitivity. Raise it when what is measured changes.
@@ -49,12 +51,15 @@ def measured(settings: Settings, root: Path) -> dict[str, Any]:
     if (content := recorded(settings, root)) is not None:
         return content
     identity, file = _identity(settings, root)
-    started = time.monotonic()
-    device = accelerator_for_this_machine().device
-    seen = first_images(settings)[:SENSITIVITY_IMAGES].to(device)
-    found = damages(pretrained.network(settings, root).eval().to(device), seen)
-    content = {"identity": identity, "damages": found, "seconds": round(time.monotonic() - started, 1)}
-    write_record(file, content)
+    with only_here(file.parent, "the measurement of sensitivity", print), torch_threads(settings.threads):
+        if (content := recorded(settings, root)) is not None:  # while this run waited
+            return content
+        started = time.monotonic()
+        device = accelerator_for_this_machine().device
+        seen = first_images(settings)[:SENSITIVITY_IMAGES].to(device)
+        found = damages(pretrained.network(settings, root).eval().to(device), seen)
+        content = {"identity": identity, "damages": found, "seconds": round(time.monotonic() - started, 1)}
+        write_record(file, content)
     return content
 
 

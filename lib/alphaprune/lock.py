@@ -33,7 +33,7 @@ def only_here(folder: Path, what: str, say: Callable[[str], None]) -> Iterator[N
         lock.acquire(timeout=0)
     except Timeout:
         holder = (folder / LOCK).read_text().strip() or "another process"
-        say(f"{what} is being trained by {holder}; waiting for it")
+        say(f"{holder} is at {what}; waiting for it")
         lock.acquire()
     except OSError as e:
         raise UsageError(f"{folder} cannot be written ({e.strerror}); make it writable") from None

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import torch
 from torch import nn
 
 from alphaprune import data
-from alphaprune.errors import Damaged
 from alphaprune.experiment import Experiment
 from alphaprune.fold import fold
 from alphaprune.measure import multiply_adds, parameters
-from alphaprune.methods import final_file
+from alphaprune.methods import final, final_file
 from alphaprune.parallel import ParallelModel
-from alphaprune.records import FinalRecord, read_record, write_record
+from alphaprune.records import write_record
 from alphaprune.train import evaluate
 
 
@@ -32,17 +30,11 @@ def of_trained(of: Experiment) -> dict[str, Any]:
     last = of.stages[-1]
     outcomes = [of.record(n.name)["outcome"] for n in of.stages]
     seconds = sum(o["seconds"] + o.get("start_seconds", 0.0) for o in outcomes) + of.seconds_for_widths()
-    file = final_file(of)
-    final = None
-    if file.is_file():
-        try:
-            final = read_record(file, FinalRecord)
-        except Damaged as e:
-            warnings.warn(f"{e}; it is measured again", stacklevel=2)
-    if final is None:
+    measured = final(of)
+    if measured is None:
         model = of.model(last.name)
-        final = _costs(fold(model)[0] if isinstance(model, ParallelModel) else model, of)
-        write_record(file, final)
+        measured = _costs(fold(model)[0] if isinstance(model, ParallelModel) else model, of)
+        write_record(final_file(of), measured | {"weights_sha256": of.record(last.name)["weights_sha256"]})
     begun = of.stage_history(of.stages[0].name)
     at_first = begun[(begun["split"] == "val") & (begun["epoch"] == 0)].set_index("metric")["value"]
     start = at_first.get("fold_now_running", at_first["accuracy"])  # of what would be left
@@ -51,7 +43,7 @@ def of_trained(of: Experiment) -> dict[str, Any]:
         "images": sum(o["images"] for o in outcomes),
         "seconds": seconds,
         "val_accuracy": 100 * of.record(last.name)["metrics"]["val_accuracy"],
-        **final,
+        **measured,
     }
 
 

@@ -108,6 +108,8 @@ class Loss:
             model.observer = lambda key, _, read: narrow.__setitem__(key, read)
         try:
             logits = self.forward(images)
+            if o.match_layers:
+                model.observer = None  # before the narrow program runs alone
             loss = self._of_logits(logits, taught, labels)
             if o.alongside:
                 alpha = model.alpha if alpha is None else alpha

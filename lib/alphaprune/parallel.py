@@ -168,7 +168,7 @@ class ParallelModel(nn.Module):
     @property
     def mixers(self) -> list[Mixer]:
         """The mixers, one entry a layer, in the order of their first use."""
-        return list({m.key: m for m in self.structure.mixers.values()}.values())
+        return self.structure.layers()
 
     def _narrow_nodes(self) -> set[str]:
         found: dict[str, bool] = {}

@@ -114,6 +114,7 @@ class FinalRecord(_Form):
     params: Whole
     macs: Whole
     test_accuracy: Annotated[float, Field(ge=0, le=100)]
+    weights_sha256: Digest | None = None  # that scored so
 
 
 def sealed(content: Mapping[str, Any]) -> dict[str, Any]:

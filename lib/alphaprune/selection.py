@@ -63,7 +63,7 @@ def rows(x: Tensor, mixer: Mixer, channels: int) -> Tensor:
 def _second_moments(s: Structure, batches: Iterable[Inputs]) -> dict[str, Tensor]:
     """X^T X of what each mixer reads that is narrowed, (C, C), by the mixer's key."""
     readers = defaultdict(list)
-    for m in {m.key: m for m in s.mixers.values()}.values():
+    for m in s.layers():
         if m.reads is not None and not s.is_fixed(m.ids_in):
             readers[m.source].append(m)
     sums: dict[str, Tensor] = {}
@@ -91,7 +91,7 @@ def _blocks(s: Structure, atom: Tensor, seen_by: dict[str, Tensor]) -> list[Tens
     """
     place = {r: i for i, r in enumerate(atom.tolist())}
     found = []
-    for m in {m.key: m for m in s.mixers.values()}.values():
+    for m in s.layers():
         if m.key not in seen_by:
             continue
         p = m.reads
@@ -138,7 +138,7 @@ def _greedy(blocks: list[Tensor], k: int) -> Tensor:
 def _by_weights(s: Structure) -> dict[int, float]:
     """By root: the mean absolute weight of its filters, as a share of that of its layers' filters."""
     worth: dict[int, float] = defaultdict(float)
-    for m in {m.key: m for m in s.mixers.values()}.values():
+    for m in s.layers():
         weight = attribute(s.trace.network, m.weight).detach()
         if m.transposed:  # (in, out / groups, ...)
             weight = weight.unflatten(0, (m.groups, -1)).transpose(1, 2).flatten(0, 1)

@@ -166,7 +166,7 @@ def _tied(structure: Structure) -> list[list[str]]:
 
 
 def _narrowed(structure: Structure) -> list[Mixer]:
-    mixers = {m.key: m for m in structure.mixers.values()}.values()
+    mixers = structure.layers()
     return [m for m in mixers if not structure.is_fixed(m.ids)]
 
 

@@ -135,7 +135,10 @@ def _shortcuts(traced: Trace) -> dict[str, str]:
         own = {node.name} if isinstance(traced.module(node), MIXING_LAYERS) else set()
         before[node.name] = frozenset(own).union(*(before[n.name] for n in node.all_input_nodes))
         tensors = [n for n in node.all_input_nodes if isinstance(traced.values[n.name], Tensor)]
-        if node.op != "output" and node.target in ADDITIONS and len(tensors) == 2:
+        plain = (
+            node.op != "output" and node.target in ADDITIONS and not node.kwargs
+        )  # torch.add takes a factor
+        if plain and len(tensors) == 2:
             a, b = tensors
             only_a, only_b = (len(before[x.name] - before[y.name]) for x, y in ((a, b), (b, a)))
             if only_a != only_b:

@@ -63,6 +63,10 @@ class StageNetworks:
             model = self._narrow(node.narrowed_at)
             self._load(model, node)
             return model.eval()
+        if node.stage.alpha is None:
+            model = self._network(node)
+            self._load(model, node)
+            return model.eval()
         model = self._parallel(node)
         self._load(model, node)
         _set_alpha(model, node)

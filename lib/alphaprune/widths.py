@@ -285,7 +285,7 @@ def _narrow_values(structure: Structure, kept: Tensor) -> dict[str, Any]:
         else:
             values[node.name] = _run(structure, node, values)
             _check_shape(structure, node, values[node.name])
-    for mixer in {m.key: m for m in structure.mixers.values()}.values():
+    for mixer in structure.layers():
         for ids in (mixer.ids, mixer.ids_in):
             if mixer.groups > 1 and ids is not None:
                 _check_groups(partial, mixer.name, ids, mixer.groups)
@@ -365,5 +365,5 @@ def _read_at(structure: Structure, node: fx.Node) -> list[str]:
 def _made_by(structure: Structure, ids: Tensor) -> list[str]:
     """The mixers that these channels are the output of."""
     roots = structure.ties.roots(ids)
-    mixers = {m.key: m for m in structure.mixers.values()}.values()
+    mixers = structure.layers()
     return [m.name for m in mixers if bool(torch.isin(structure.ties.roots(m.ids), roots).any())]
