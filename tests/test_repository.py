@@ -120,8 +120,24 @@ def test_modules_explain_themselves_and_their_examples_run(name):
     assert undocumented in ([], ["main"])
 
 
-def test_readme_names_only_targets_that_exist():
+def test_pages_name_only_targets_that_exist():
     makefile = (ROOT / "Makefile").read_text()
-    for target in set(re.findall(r"make ([a-z][a-z0-9-]+)", (ROOT / "README.md").read_text())):
+    pages = [ROOT / "README.md", ROOT / "results" / "README.md", *(ROOT / "docs").glob("*.md")]
+    said = "\n".join(page.read_text() for page in pages)
+    targets = set(re.findall(r"(?:^    |`)make ([a-z][a-z0-9-]+)", said, re.MULTILINE))
+    assert len(targets) > 10
+    for target in targets:
         listed = re.findall(r"^(?:EXPERIMENTS :=|\.PHONY:) (.*)", makefile, re.MULTILINE)
         assert target in " ".join(listed).split(), target
+
+
+def test_links_of_pages_lead_somewhere():
+    for page in [ROOT / "README.md", ROOT / "results" / "README.md", *(ROOT / "docs").glob("*.md")]:
+        for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
+            assert (page.parent / link).exists(), f"{page.name}: {link}"
+
+
+def test_the_map_names_every_module():
+    said = (ROOT / "docs" / "map.md").read_text()
+    modules = [p.name for p in (ROOT / "lib" / "alphaprune").glob("*.py") if p.name != "__init__.py"]
+    assert [m for m in modules if m not in said] == []
