@@ -8,9 +8,12 @@ import re
 import subprocess
 import tomllib
 
+import pandas as pd
 import pytest
 import yaml
 from conftest import ROOT
+
+from alphaprune.comparison import summary
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 MODULES = sorted(p.stem for p in (ROOT / "lib" / "alphaprune").glob("*.py") if p.stem != "__init__")
@@ -141,3 +144,16 @@ def test_the_map_names_every_module():
     said = (ROOT / "docs" / "map.md").read_text()
     modules = [p.name for p in (ROOT / "lib" / "alphaprune").glob("*.py") if p.name != "__init__.py"]
     assert [m for m in modules if m not in said] == []
+
+
+def test_tables_of_pages_are_those_of_the_records(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    import controls
+
+    tables = controls.blocks(summary(pd.read_csv(controls.CSV)))
+    used = []
+    for page in (ROOT / "README.md", ROOT / "docs" / "controls.md"):
+        text = page.read_text()
+        assert controls.written(text, tables) == text, "run python docs/controls.py"
+        used += re.findall("<!-- table: (.*) -->", text)
+    assert sorted(used) == sorted(tables)

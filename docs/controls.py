@@ -1,0 +1,98 @@
+"""Write the tables of README.md and docs/controls.md anew from results/quick/controls.csv.   python docs/controls.py"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pandas as pd
+
+from alphaprune.comparison import summary
+
+ROOT = Path(__file__).resolve().parents[1]
+CSV = ROOT / "results" / "quick" / "controls.csv"
+OURS = "alphaprune, widths by sensitivity, distilled"
+# What the README shows of the methods, and what it calls them.
+SHORT = {
+    OURS: OURS,
+    "torch-pruning L1, widths by sensitivity, distilled": "torch-pruning L1, at the same widths, distilled",
+    "torch-pruning group L2, widths by sensitivity, distilled": "torch-pruning group L2, at the same widths, distilled",
+    "torch-pruning group L2, distilled": "torch-pruning group L2, one ratio for all, distilled",
+    "alphaprune, distilled": "alphaprune, one ratio for all, distilled",
+    "scratch, distilled": "from scratch, distilled",
+    "report's recipe": "the report's recipe",
+}
+HEAD = ["keep_ratio 0.2: 4 % of the multiply-adds", "0.34375: 12 %", "0.5: 26 %"]
+RATIOS = (0.2, 0.34375, 0.5)
+
+
+def blocks(rows: pd.DataFrame) -> dict[str, str]:
+    """The tables by name, in Markdown.
+
+    Args:
+        rows: as `comparison.summary` gives them.
+    """
+    return {"short": _short(rows), "one ratio": _one(rows[rows["keep_ratio"] == 0.34375]), "all": _all(rows)}
+
+
+def _accuracy(row: pd.Series) -> str:
+    return f"{row['test_mean']:.2f} ± {row['test_std']:.2f}"
+
+
+def _strong(text: str, method: str) -> str:
+    return f"**{text}**" if method == OURS else text
+
+
+def _table(head: list[str], lines: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in [head, ["---"] * len(head), *lines])
+
+
+def _by_ratio(rows: pd.DataFrame, method: str) -> list[str]:
+    own = rows[rows["method"] == method].set_index("keep_ratio")
+    return [_accuracy(own.loc[r]) if r in own.index else "not run yet" for r in RATIOS]
+
+
+def _short(rows: pd.DataFrame) -> str:
+    lines = [[_strong(cell, m) for cell in (name, *_by_ratio(rows, m))] for m, name in SHORT.items()]
+    return _table(["", *HEAD], lines)
+
+
+def _one(rows: pd.DataFrame) -> str:
+    lines = [
+        [
+            _strong(r["method"], r["method"]),
+            _strong(_accuracy(r), r["method"]),
+            f"{r['start_mean']:.1f}",
+            f"{r['params']:,}",
+            f"{r['lr']:g}",
+            f"{r['seconds']:.0f}",
+        ]
+        for _, r in rows.sort_values("test_mean", ascending=False).iterrows()
+    ]
+    return _table(["method", "test accuracy", "before training", "parameters", "lr", "seconds"], lines)
+
+
+def _all(rows: pd.DataFrame) -> str:
+    lowest = rows[rows["keep_ratio"] == 0.2].set_index("method")["test_mean"]
+    methods = sorted(rows["method"].unique(), key=lambda m: -lowest.get(m, 0.0))
+    return _table(["method", *HEAD], [[_strong(c, m) for c in (m, *_by_ratio(rows, m))] for m in methods])
+
+
+def written(page: str, tables: dict[str, str]) -> str:
+    """A page with the tables between `<!-- table: name -->` and `<!-- end of table -->` replaced."""
+
+    def replaced(found: re.Match[str]) -> str:
+        return f"{found[1]}\n{tables[found[2]]}\n{found[3]}"
+
+    return re.sub(r"(<!-- table: ([\w ]+) -->).*?(<!-- end of table -->)", replaced, page, flags=re.DOTALL)
+
+
+def main() -> None:
+    tables = blocks(summary(pd.read_csv(CSV)))
+    for page in (ROOT / "README.md", ROOT / "docs" / "controls.md"):
+        page.write_text(written(page.read_text(), tables))
+        print(page.relative_to(ROOT))
+
+
+if __name__ == "__main__":
+    main()
