@@ -15,8 +15,8 @@ OURS = "alphaprune, widths by sensitivity, distilled"
 # What the README shows of the methods, and what it calls them.
 SHORT = {
     OURS: OURS,
-    "torch-pruning L1, widths by sensitivity, distilled": "torch-pruning L1, at the same widths, distilled",
     "torch-pruning group L2, widths by sensitivity, distilled": "torch-pruning group L2, at the same widths, distilled",
+    "torch-pruning L1, widths by sensitivity, distilled": "torch-pruning L1, at the same widths, distilled",
     "torch-pruning group L2, distilled": "torch-pruning group L2, one ratio for all, distilled",
     "alphaprune, distilled": "alphaprune, one ratio for all, distilled",
     "scratch, distilled": "from scratch, distilled",
