@@ -35,12 +35,14 @@ def blocks(rows: pd.DataFrame) -> dict[str, str]:
     return {"short": _short(rows), "one ratio": _one(rows[rows["keep_ratio"] == 0.34375]), "all": _all(rows)}
 
 
-def _accuracy(row: pd.Series) -> str:
-    return f"{row['test_mean']:.2f} ± {row['test_std']:.2f}"
+def _accuracy(row: pd.Series, best: bool) -> str:
+    text = f"{row['test_mean']:.2f} ± {row['test_std']:.2f}"
+    return f"**{text}**" if best else text
 
 
-def _strong(text: str, method: str) -> str:
-    return f"**{text}**" if method == OURS else text
+def _best(rows: pd.DataFrame) -> dict[float, str]:
+    """By keep_ratio the method with the highest test accuracy, which is shown in bold."""
+    return {r: own.loc[own["test_mean"].idxmax(), "method"] for r, own in rows.groupby("keep_ratio")}
 
 
 def _table(head: list[str], lines: list[list[str]]) -> str:
@@ -48,20 +50,19 @@ def _table(head: list[str], lines: list[list[str]]) -> str:
 
 
 def _by_ratio(rows: pd.DataFrame, method: str) -> list[str]:
-    own = rows[rows["method"] == method].set_index("keep_ratio")
-    return [_accuracy(own.loc[r]) if r in own.index else "not run yet" for r in RATIOS]
+    own, best = rows[rows["method"] == method].set_index("keep_ratio"), _best(rows)
+    return [_accuracy(own.loc[r], best[r] == method) if r in own.index else "not run yet" for r in RATIOS]
 
 
 def _short(rows: pd.DataFrame) -> str:
-    lines = [[_strong(cell, m) for cell in (name, *_by_ratio(rows, m))] for m, name in SHORT.items()]
-    return _table(["", *HEAD], lines)
+    return _table(["", *HEAD], [[name, *_by_ratio(rows, m)] for m, name in SHORT.items()])
 
 
 def _one(rows: pd.DataFrame) -> str:
     lines = [
         [
-            _strong(r["method"], r["method"]),
-            _strong(_accuracy(r), r["method"]),
+            r["method"],
+            _accuracy(r, _best(rows)[r["keep_ratio"]] == r["method"]),
             f"{r['start_mean']:.1f}",
             f"{r['params']:,}",
             f"{r['lr']:g}",
@@ -69,13 +70,15 @@ def _one(rows: pd.DataFrame) -> str:
         ]
         for _, r in rows.sort_values("test_mean", ascending=False).iterrows()
     ]
-    return _table(["method", "test accuracy", "before training", "parameters", "lr", "seconds"], lines)
+    return _table(
+        ["method", "test accuracy", "before training, validation", "parameters", "lr", "seconds"], lines
+    )
 
 
 def _all(rows: pd.DataFrame) -> str:
     lowest = rows[rows["keep_ratio"] == 0.2].set_index("method")["test_mean"]
     methods = sorted(rows["method"].unique(), key=lambda m: -lowest.get(m, 0.0))
-    return _table(["method", *HEAD], [[_strong(c, m) for c in (m, *_by_ratio(rows, m))] for m in methods])
+    return _table(["method", *HEAD], [[m, *_by_ratio(rows, m)] for m in methods])
 
 
 def written(page: str, tables: dict[str, str]) -> str:
