@@ -29,7 +29,7 @@ def trimmed(whole_project):
         file = whole_project / "params" / f"{name}.yaml"
         content = yaml.safe_load(file.read_text())
         kept = {m: content["methods"][m] for m in methods}
-        content |= {"methods": kept, "lrs": [0.02], **fewer[name]}
+        content |= {"methods": kept, "lrs": [0.02], "first_lr": 0.02, **fewer[name]}
         file.write_text(yaml.safe_dump(content, sort_keys=False))
     return whole_project
 
