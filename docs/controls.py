@@ -11,10 +11,9 @@ from alphaprune.comparison import summary
 
 ROOT = Path(__file__).resolve().parents[1]
 CSV = ROOT / "results" / "quick" / "controls.csv"
-OURS = "alphaprune, widths by sensitivity, distilled"
 # What the README shows of the methods, and what it calls them.
 SHORT = {
-    OURS: OURS,
+    "alphaprune, widths by sensitivity, distilled": "alphaprune, widths by sensitivity, distilled",
     "torch-pruning group L2, widths by sensitivity, distilled": "torch-pruning group L2, at the same widths, distilled",
     "torch-pruning L1, widths by sensitivity, distilled": "torch-pruning L1, at the same widths, distilled",
     "torch-pruning group L2, distilled": "torch-pruning group L2, one ratio for all, distilled",

@@ -397,15 +397,11 @@ def _run(
     )
 
     shared = {"method": method.method, "keep_ratio": keep_ratio, "lr": lr, "searched": searched}
-    rows = {}
+    rows: dict[tuple[int, int], dict[str, Any]] = {}  # small budgets of many stages are all an epoch a stage
     for seed in seeds:
         for budget in budgets:
-            row = (
-                shared | {"seed": seed} | of_trained(method.train(lr, keep_ratio, seed, budget, finals=True))
-            )
-            rows.setdefault(
-                (seed, row["images"]), row
-            )  # small budgets of many stages are all an epoch a stage
+            own = of_trained(method.train(lr, keep_ratio, seed, budget, finals=True))
+            rows.setdefault((seed, own["images"]), shared | {"seed": seed} | own)
     return list(rows.values())
 
 

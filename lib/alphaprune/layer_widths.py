@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-import warnings
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -13,10 +12,10 @@ from typing import Any
 from torch import Tensor
 
 from alphaprune import data, pretrained, sources
-from alphaprune.errors import Damaged, UsageError
+from alphaprune.errors import UsageError
 from alphaprune.lock import only_here
 from alphaprune.models import NETWORKS, example_image
-from alphaprune.records import SensitivityRecord, read_record, write_record
+from alphaprune.records import SensitivityRecord, read_if_whole, write_record
 from alphaprune.sensitivity import allot, damages
 from alphaprune.settings import Settings
 from alphaprune.timing import torch_threads
@@ -66,14 +65,8 @@ def measured(settings: Settings, root: Path) -> dict[str, Any]:
 def recorded(settings: Settings, root: Path) -> dict[str, Any] | None:
     """The same where it is recorded, otherwise None."""
     identity, file = _identity(settings, root)
-    if not file.is_file():
-        return None
-    try:
-        content = read_record(file, SensitivityRecord)
-    except Damaged as e:
-        warnings.warn(f"{e}; it is measured again", stacklevel=2)
-        return None
-    return content if content["identity"] == identity else None
+    content = read_if_whole(file, SensitivityRecord)
+    return content if content and content["identity"] == identity else None
 
 
 def _identity(settings: Settings, root: Path) -> tuple[str, Path]:

@@ -5,16 +5,15 @@ A method is a list of stages and settings of its own, with `{lr}` for the learni
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from alphaprune import yaml_text
-from alphaprune.errors import Damaged, UsageError, shown
+from alphaprune.errors import UsageError, shown
 from alphaprune.experiment import Experiment
-from alphaprune.records import FinalRecord, read_record
+from alphaprune.records import FinalRecord, read_if_whole
 from alphaprune.settings import Name, Positive, check_names, load_settings, project_root
 
 MOST = 100  # values in a list
@@ -116,13 +115,8 @@ def final_file(of: Experiment) -> Path:
 
 def final(of: Experiment) -> dict[str, Any] | None:
     """What is recorded there of the weights that the last stage left; None if nothing is, or of others."""
-    file = final_file(of)
-    if not file.is_file():
-        return None
-    try:
-        content = read_record(file, FinalRecord)
-    except Damaged as e:
-        warnings.warn(f"{e}; it is measured again", stacklevel=2)
+    content = read_if_whole(final_file(of), FinalRecord)
+    if content is None:
         return None
     digest = content.pop("weights_sha256", None)  # None where it was recorded before there was one
     return content if digest in (None, of.record(of.stages[-1].name)["weights_sha256"]) else None

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -152,6 +153,17 @@ def read_record(path: Path, form: type[_Form]) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as e:
         raise Damaged(f"{path} is damaged ({str(e)[:120]})") from None
     return told
+
+
+def read_if_whole(path: Path, form: type[_Form]) -> dict[str, Any] | None:
+    """The same of what is measured again where it is lost: None where nothing is, or, with a warning, what is damaged."""
+    if not path.is_file():
+        return None
+    try:
+        return read_record(path, form)
+    except Damaged as e:
+        warnings.warn(f"{e}; it is measured again", stacklevel=3)
+        return None
 
 
 def read_history(
