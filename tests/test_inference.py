@@ -116,3 +116,83 @@ class Sensitive(nn.Module):
 def test_what_cannot_be_optimised_is_refused(network, options, message):
     with pytest.raises(UsageError, match=message):
         optimise_for_inference(network, **({"example_input": IMAGES} | options))
+
+
+class Residual(nn.Module):
+    """A block as in a ResNet; `form` says how the sum is written, and `after` what else is done with its parts."""
+
+    def __init__(self, form, after=None):
+        super().__init__()
+        self.a, self.b, self.c = (nn.Conv2d(6 if i else 3, 6, 3, padding=1) for i in range(3))
+        self.relu, self.form, self.after = nn.ReLU(inplace=True), form, after
+
+    def forward(self, x):
+        y = self.relu(self.a(x))
+        z = self.form(self.c(nn.functional.relu(self.b(y))), y)
+        out = self.relu(z)
+        return out if self.after is None else self.after(out, z, y)
+
+
+def operations(network):
+    """The names of what is left beside layers of convolution, pooling and the like."""
+    targets = (
+        type(network.get_submodule(n.target)).__name__
+        if n.op == "call_module"
+        else getattr(n.target, "__name__", n.target)
+        for n in network.graph.nodes
+    )
+    return [t for t in targets if any(word in t.lower() for word in ("relu", "add")) and t != "ConvRelu"]
+
+
+@pytest.mark.parametrize("make", [lambda: vgg16(0.25), resnet20, resnet18])
+def test_relu_and_residuals_go_into_the_convolution_before_them(make):
+    network = trained(make())
+    fast = optimise_for_inference(network, IMAGES)
+    assert operations(fast) == []
+    assert set(fast.state_dict()) <= set(network.state_dict()) | {
+        k.replace("weight", "bias") for k in network.state_dict()
+    }
+
+
+@pytest.mark.parametrize(
+    ("form", "after", "left"),
+    [
+        (lambda z, y: z + y, None, []),
+        (lambda z, y: y + z, None, []),
+        (lambda z, y: torch.add(z, y), None, []),
+        (lambda z, y: z.add_(y), None, []),
+        (lambda z, y: torch.add(z, y, alpha=2.0), None, ["add", "ReLU"]),  # the kernel has no factor
+        (lambda z, y: z + y.mean((2, 3), keepdim=True), None, ["add", "ReLU"]),  # nor does it broadcast
+        (lambda z, y: z + 1.0, None, ["add", "ReLU"]),
+        (lambda z, y: z + z, None, ["add", "ReLU"]),
+        (lambda z, y: z + y, lambda out, z, y: out * y.sum(), []),  # y is read again
+        (lambda z, y: z + y, lambda out, z, y: out * (z * 1.0), ["add", "ReLU"]),  # so is the sum
+    ],
+)
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_what_goes_into_one_kernel_is_the_same_function(form, after, left, dtype):
+    torch.manual_seed(0)
+    network = Residual(form, after).eval()
+    fast = optimise_for_inference(network, IMAGES, dtype)
+    assert operations(fast) == left
+    x = torch.randn(3, 3, 20, 24)
+    found, expected = fast(x), network(x)
+    assert float((found - expected).abs().max()) < (0.1 if dtype else 1e-5) * float(expected.abs().max())
+
+
+def test_gradients_of_images_exporters_and_an_empty_batch_see_the_same_network(tmp_path):
+    network = trained(resnet20())
+    fast = optimise_for_inference(network, IMAGES)
+    gradients = []
+    for n in (fast, network):
+        x = IMAGES.clone().requires_grad_()
+        n(x)[:, 3].sum().backward()
+        gradients.append(x.grad)
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-4 * float(gradients[1].abs().max()))
+    expected = network(IMAGES)
+    exported = torch.export.export(fast, (IMAGES,)).module()
+    torch.testing.assert_close(exported(IMAGES), expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+    torch.save(fast, tmp_path / "fast.pt")
+    again = torch.load(tmp_path / "fast.pt", weights_only=False)
+    assert torch.equal(again(IMAGES), fast(IMAGES))
+    assert fast(IMAGES[:0]).shape == (0, 10)

@@ -5,7 +5,7 @@ In eval mode a BatchNorm multiplies and adds numbers that stay the same,
     y = (W x + b - mean) / sqrt(var + eps) * gamma + beta = W' x + b'
 
 so it goes into the layer before it and never runs again. What is left runs in channels_last memory format, where the kernels for convolutions need no
-other order of the numbers, and in fewer bits if asked.
+other order of the numbers, with the ReLU behind a convolution in one kernel with it (see `one_kernel`), and in fewer bits if asked.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch.fx.experimental.optimization import fuse
 
 from alphaprune.compare import close, run
 from alphaprune.errors import UsageError
+from alphaprune.one_kernel import in_one_kernel
 from alphaprune.trace import Trace, as_inputs, check_network, trace
 
 # Largest difference, relative to the largest value, that rounding explains, by the bits that are left. In so few
@@ -32,8 +33,8 @@ def optimise_for_inference(
     """A network for eval mode alone that computes what `network` does, faster.
 
     BatchNorm is folded into the convolution or linear layer before it wherever nothing else reads that layer, by
-    torch's own fuser; weights and images are brought into channels_last memory format, and weights, images and all between
-    them into `dtype`. What it takes and gives has the types it had before.
+    torch's own fuser; a convolution and the ReLU behind it, also that behind the sum of a residual block, become one layer; weights and images are brought
+    into channels_last memory format, and weights, images and all between them into `dtype`. What it takes and gives has the types it had before.
 
     Args:
         network: what `fold` gave, or any network that `torch.fx` can trace. It is not changed.
@@ -70,6 +71,7 @@ def optimise_for_inference(
     _convert_at_the_ends(fast, traced, dtype or before, before)
     fast = fuse(fast, no_trace=True)
     fast = fast.to(dtype or before, memory_format=torch.channels_last).eval().requires_grad_(False)
+    in_one_kernel(fast, inputs)
     tolerance = max(TOLERANCE[dtype or before], TOLERANCE[before])
     found, expected = (
         [t for t in run(n, inputs, what) if t.is_floating_point()]

@@ -21,7 +21,7 @@ def layer_times(
     seconds: float = 5.0,
     threads: int | None = None,
 ) -> pd.DataFrame:
-    """Time every convolution and linear layer of two networks on the CPU, both optimised for inference, in turns.
+    """Time every convolution, with the ReLU in its kernel, and linear layer of two networks on the CPU, both optimised for inference, in turns.
 
     Args:
         original, pruned: networks whose layers have the same names, in eval mode.
