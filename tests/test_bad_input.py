@@ -182,6 +182,11 @@ FILES = {
     "temperature of 1e300": (stage(temperature=1e300), "stages.0.temperature"),
     "match_logits negative": (stage(match_logits=-1.0), "stages.0.match_logits"),
     "draw unknown": (stage(draw="poisson"), "stages.0.draw"),
+    "alpha rises": (stage(alpha=0.5, alpha_from=0.2), "give a smaller alpha"),
+    "alpha falls without branches": ({"stages": [{"lr": 0.1, "from": "base", "alpha_from": 1.0}]}, "give a smaller alpha"),
+    "alpha falls over nothing": (stage(alpha=0.0, alpha_from=1.0, falls_over=0.0), "stages.0.falls_over"),
+    "falls_over alone": (stage(falls_over=0.3), "give that too"),
+    "alpha falls in a stage that may end early": (stage(alpha=0.0, alpha_from=1.0), "set lr_schedule: one_cycle"),
     "colour unknown": (stage(color="no-such-colour"), "stages.0.color"),
     "a number for a key": ({"stages": [{**STAGE, 7: 8}]}, "stages.0"),
     "stages nested wrong": ({"stages": [[STAGE]]}, "stages.0"),
@@ -1145,7 +1150,7 @@ values = st.recursive(
 )  # fmt: skip
 
 stage_keys = st.sampled_from(["name", "alpha", "lr", "from", "train_wide", "distill", "draw", "order", "narrow", "refit", "color",
-                              "schedule", "by", "threshold", "colors", "alongside", "zzz"])  # fmt: skip
+                              "schedule", "by", "threshold", "colors", "alongside", "alpha_from", "falls_over", "zzz"])  # fmt: skip
 stages = st.lists(
     st.dictionaries(stage_keys, values, max_size=3).map(lambda d: STAGE | d) | values, max_size=3
 )

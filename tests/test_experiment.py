@@ -136,6 +136,38 @@ def test_an_interrupted_experiment_goes_on_where_it_was(small, monkeypatch):
     pd.testing.assert_frame_equal(expected, resumed)
 
 
+@pytest.mark.parametrize("draw", ["fixed", "bernoulli"])
+def test_alpha_falls_within_a_stage_and_only_what_has_arrived_is_kept(small, draw):
+    stage = {"alpha": 0.0, "alpha_from": 1.0, "lr": 0.02, "from": "base", "draw": draw, "order": "front"}
+    given = {"stages": [stage], "max_epochs": 4, "lr_schedule": "one_cycle", "fold_now_every": 1}
+    experiment, expected, _ = run(small, **given)
+    measured = expected[(expected["split"] == "val") & (expected["metric"] == "accuracy")]
+    assert measured["alpha"].tolist() == [1.0, 0.5, 0.0, 0.0, 0.0]
+    running = expected[expected["metric"] == "fold_now_running"]["value"]
+    assert (
+        running.iloc[2:].tolist() == measured["value"].iloc[2:].tolist()
+    )  # at alpha 0 it is the same network
+    record = experiment.record("a0-lr0.02")
+    assert record["outcome"]["best_epoch"] >= 2
+    assert (
+        record["metrics"]["val_accuracy"] == record["metrics"]["fold_now"] == measured["value"].iloc[2:].max()
+    )
+    model = experiment.model("a0-lr0.02")
+    assert model.alpha == 0.0
+
+    folder = next((small / "results" / "smoke" / "stages" / "fig4").iterdir())
+    for file in folder.iterdir():
+        file.unlink()
+
+    def say(line):
+        if "epoch 1/4" in line:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Experiment("smoke", "fig4", small, **given).run(say)
+    pd.testing.assert_frame_equal(expected, run(small, **given)[1])
+
+
 def test_fold_now_is_the_accuracy_of_the_folded_network(small):
     from alphaprune import data
     from alphaprune.train import evaluate

@@ -19,6 +19,7 @@ from torch.optim.swa_utils import update_bn
 from alphaprune.modes import in_eval_mode
 from alphaprune.parallel import ParallelModel
 
+FOLD_NOW = ("fold_now_running", "fold_now")  # the second, at the end of a stage, is of its best weights
 WIDE_SHARE = "wide_share:"  # of a layer, as a metric in records
 
 
@@ -115,13 +116,14 @@ def falls(curves: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for method, own in curves[curves["split"] == "val"].groupby("method", sort=False):
         row = {"method": method, "blended": float("nan"), "fold_now": float("nan")}
-        stages = [own[own["stage"] == name] for name in dict.fromkeys(own["stage"])]
-        above = [s for s in stages if s["alpha"].iloc[0] > 0]
-        at_0 = [s for s in stages if not s["alpha"].iloc[0] > 0]  # alpha 0, or folded and without one
+        alphas = own["alpha"].fillna(0.0)  # a folded network has none
+        parts = [part for _, part in own.groupby([own["stage"], alphas], sort=False)]
+        above = [p for p in parts if p["alpha"].iloc[0] > 0]
+        at_0 = [p for p in parts if not p["alpha"].iloc[0] > 0]
         if above:
             last = above[-1]
             row["blended"] = last[last["metric"] == "accuracy"]["value"].max()
-            row["fold_now"] = last[last["metric"] == "fold_now"]["value"].iloc[-1]
+            row["fold_now"] = last[last["metric"].isin(FOLD_NOW)]["value"].iloc[-1]
         first = at_0[0][(at_0[0]["metric"] == "accuracy") & (at_0[0]["epoch"] > 0)]
         row["first_at_0"] = first["value"].iloc[0]
         row["reached"] = at_0[-1][at_0[-1]["metric"] == "accuracy"]["value"].max()

@@ -202,11 +202,11 @@ def _cliff(ax: Axes, own: pd.DataFrame) -> None:
     last = accuracy.iloc[-1]
     ax.annotate(f"{last['y']:.1f}", (last["x"], last["y"]), xytext=(-3, 5), textcoords="offset points", ha="right",
                 fontsize="small", weight="bold")  # fmt: skip
-    starts = own.dropna(subset=["alpha"]).groupby(["experiment", "stage"], sort=False)
-    for _, stage in starts:
-        x = stage["x"].min()
+    starts = own.dropna(subset=["alpha"]).groupby(["experiment", "stage", "alpha"], sort=False)
+    for (_, _, alpha), at in starts:
+        x = at["x"].min()
         ax.axvline(x, color="#cfd4da", lw=0.8, zorder=0)
-        ax.annotate(f"α {stage['alpha'].iloc[0]:g}", (x, 2), xytext=(2, 0), textcoords="offset points",
+        ax.annotate(f"α {alpha:.2g}", (x, 2), xytext=(2, 0), textcoords="offset points",
                     fontsize="xx-small", color="#5a6470")  # fmt: skip
     ax.set_ylim(0, 100)
 
@@ -231,7 +231,7 @@ def share_maps(shares: pd.DataFrame, title: str) -> Figure:
                         cbar=ax is panels[-1], cbar_kws={"label": "% of the variance that is wide"})  # fmt: skip
             ax.set_xlabel("α")
             ax.set_ylabel("")
-            ax.set_xticklabels([f"{a:g}" for a in grid.columns], rotation=0)
+            ax.set_xticklabels([f"{a:.2g}" for a in grid.columns], rotation=0)
             ax.set_title(way.replace(", distilled", "\n(distilled)"), fontsize="small")
         figure.suptitle(title)
     return figure

@@ -45,6 +45,10 @@ class Recipe:
     label_smoothing: float = 0.0
     log_every: int = 20
 
+    def steps_an_epoch(self, images: int) -> int:
+        """Steps for so many images; what does not fill a batch is left out, unless it is all."""
+        return max(images // self.batch_size, 1)
+
 
 @dataclass(frozen=True)
 class Objective:

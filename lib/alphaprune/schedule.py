@@ -26,6 +26,18 @@ Order = Literal["together", "front", "back"]
 OVERLAP = 0.5  # share of the layers whose alpha falls at the same time, staggered
 
 
+def falling(done: float, first: float, last: float) -> float:
+    """Alpha that falls evenly within a stage, as the replacement rate of Xu et al., BERT-of-Theseus (2020), section 3.3, rises.
+
+        alpha = first + (last - first) * done
+
+    Args:
+        done: how much of the fall is over; from 1 on alpha is `last`.
+        first, last: alpha at its beginning and its end.
+    """
+    return last if done >= 1 else first + (last - first) * done
+
+
 def alphas(kind: Kind, by: float | Sequence[float], threshold: float = THRESHOLD) -> list[float]:
     """The values of alpha, after 1, that a schedule goes through.
 

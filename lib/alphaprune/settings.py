@@ -20,7 +20,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from alphaprune import yaml_text
 from alphaprune.errors import UsageError, shown
 from alphaprune.recipe import LARGEST_RIDGE, RIDGE, Draw, Init, Objective, Recipe
-from alphaprune.schedule import THRESHOLD, Kind, Order, alphas
+from alphaprune.schedule import THRESHOLD, Kind, Order, alphas, falling
 
 Unit = Annotated[float, Field(ge=0, le=1)]
 # Bounds far beyond what anyone trains with: what is larger is a slip, and would run out of memory, time or float32.
@@ -87,6 +87,8 @@ class Stage(_Training):
     parent: StageOf = Field(alias="from")
     narrow: Start | None = None  # makes what it starts from a plain narrow network first
     refit: Init | None = None  # new branches beside the wide weights of what it starts from
+    alpha_from: Unit | None = None  # where alpha begins; it falls to `alpha` while the stage trains
+    falls_over: Annotated[float, Field(gt=0, le=1)] = 0.5  # the share of the stage's steps that this takes
     color: Color | None = None  # of the curve in the report's figure; not part of the identity
 
     @model_validator(mode="after")
@@ -116,6 +118,21 @@ class Stage(_Training):
         if self.alpha is not None and self.narrow:
             raise ValueError("narrow gives a plain network, which has no alpha; leave one of them out")
         return self
+
+    @model_validator(mode="after")
+    def _falls(self) -> Stage:
+        if self.alpha_from is None:
+            if self.falls_over != Stage.model_fields["falls_over"].default:
+                raise ValueError("falls_over says how fast alpha falls from alpha_from; give that too")
+        elif self.alpha is None or self.alpha >= self.alpha_from:
+            raise ValueError(f"alpha falls from alpha_from, {self.alpha_from:g}; give a smaller alpha")
+        return self
+
+    def alpha_at(self, done: float) -> float | None:
+        """Alpha when a share of the stage's steps, in [0, 1], is done."""
+        if self.alpha_from is None:
+            return self.alpha
+        return falling(done / self.falls_over, self.alpha_from, self.alpha)
 
     def determines(self) -> dict[str, Any]:
         """What the stage's result is a function of, for its identity: of what is set only where it is not the default."""
@@ -210,6 +227,16 @@ class Settings(_Strict):
             used := sorted(branches & set().union(*(s.determines() for s in self.stages)))
         ):
             raise ValueError(f"anneal: skips has no branches, which {used[0]} needs; leave it out")
+        return self
+
+    @model_validator(mode="after")
+    def _steps_are_known(self) -> Settings:
+        if self.lr_schedule != "one_cycle" and (
+            fall := [s.name for s in self.stages if s.alpha_from is not None]
+        ):
+            raise ValueError(
+                f"stage {fall[0]!r} has alpha_from, but may end early; set lr_schedule: one_cycle"
+            )
         return self
 
     def recipe(self, stage: Stage) -> Recipe:

@@ -18,6 +18,7 @@ from alphaprune.models import NETWORKS, example_image
 from alphaprune.narrowing import from_scratch, torch_pruning
 from alphaprune.parallel import ParallelModel
 from alphaprune.schedule import staggered
+from alphaprune.settings import Stage
 from alphaprune.skips import SkipModel
 from alphaprune.stages import Stages
 from alphaprune.train import derive_seed
@@ -51,7 +52,7 @@ class StageNetworks:
         else:
             model = self._parallel(node, fitted=True)
         if node.stage.alpha is not None:
-            _set_alpha(model, node)
+            set_alpha(model, node.stage, node.stage.alpha_at(0))
         if isinstance(model, ParallelModel):
             model.train_wide = node.stage.train_wide
             model.hold_batchnorm = node.stage.hold_batchnorm
@@ -69,7 +70,7 @@ class StageNetworks:
             return model.eval()
         model = self._parallel(node)
         self._load(model, node)
-        _set_alpha(model, node)
+        set_alpha(model, node.stage, node.stage.alpha)
         return model.eval()
 
     def wide_program(self, node: Node) -> nn.Module:
@@ -145,6 +146,6 @@ class StageNetworks:
         return ParallelModel(network, ratios(s, self.of.root), example_image(), **options)
 
 
-def _set_alpha(model: ParallelModel | SkipModel, node: Node) -> None:
-    alpha, order = node.stage.alpha, node.stage.order
-    model.alpha = alpha if order == "together" else staggered(alpha, len(model.expand), order)
+def set_alpha(model: ParallelModel | SkipModel, stage: Stage, alpha: float) -> None:
+    """Give a stage's model an alpha, which its layers reach in the stage's order."""
+    model.alpha = alpha if stage.order == "together" else staggered(alpha, len(model.expand), stage.order)

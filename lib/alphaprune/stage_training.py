@@ -17,7 +17,7 @@ from alphaprune.parallel import ParallelModel
 from alphaprune.progress import Progress
 from alphaprune.provenance import provenance
 from alphaprune.records import COLUMNS, write_record
-from alphaprune.stage_networks import StageNetworks
+from alphaprune.stage_networks import StageNetworks, set_alpha
 from alphaprune.stages import Stages
 from alphaprune.storage import save_tensors, write_bytes
 from alphaprune.train import Outcome, accelerator_for_this_machine, evaluate, fit
@@ -56,7 +56,7 @@ def train_stage(of: Stages, node: Node, data: images.Dataset, progress: Progress
 
     def share() -> dict[str, float]:
         """How much of what each mixer reads comes from the wide program."""
-        if not isinstance(model, ParallelModel) or stage.alpha == 0:
+        if not isinstance(model, ParallelModel) or model.alpha == 0:
             return {}
         seen = next(images.batches(val.to(next(model.parameters()).device), SHARE_IMAGES))[0]
         return {f"{WIDE_SHARE}{layer}": s for layer, s in wide_share(model, seen).items()}
@@ -66,23 +66,30 @@ def train_stage(of: Stages, node: Node, data: images.Dataset, progress: Progress
             return {}
         return {"fold_now_running": fold_now(), **share()}
 
+    def anneal(done: float) -> bool:
+        """Alpha as it is when a share of the stage is done; whether it is the stage's."""
+        if stage.alpha_from is not None:
+            set_alpha(model, stage, stage.alpha_at(done))
+        return stage.alpha_at(done) == stage.alpha
+
     checkpoint = folder / "resume.safetensors"
     try:
         outcome = fit(
             model, train, val, s.recipe(stage), node.key, checkpoint, progress.epoch, objective, teacher, measure,
-            node.identity,
+            node.identity, anneal,
         )  # fmt: skip
     except Interrupted as e:
         raise Interrupted(e.number, f"stage {node.name} is {e.where}") from None
+    anneal(1.0)  # also where it ended early
     metrics = {"val_accuracy": outcome.reached}
     if stage.alpha is not None:
         metrics["fold_now"] = fold_now()
         last = {"step": outcome.steps, "epoch": outcome.epochs, "split": "val"}
         outcome.history.append(last | {"metric": "fold_now", "value": metrics["fold_now"]})
     digest = save_tensors(of.weights(node), model.state_dict())
-    table = pd.DataFrame(outcome.history).assign(
-        experiment=s.experiment, stage=stage.name, alpha=stage.alpha, lr=stage.lr
-    )
+    steps = s.max_epochs * s.recipe(stage).steps_an_epoch(len(train))
+    table = pd.DataFrame(outcome.history).assign(experiment=s.experiment, stage=stage.name, lr=stage.lr)
+    table["alpha"] = [stage.alpha_at(step / steps) for step in table["step"]]
     history = table[COLUMNS].to_csv(index=False).encode()
     write_bytes(folder / "history.csv", history)
     digests = {"weights_sha256": digest, "history_sha256": hashlib.sha256(history).hexdigest()}

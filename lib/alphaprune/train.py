@@ -75,6 +75,7 @@ def fit(
     teacher: nn.Module | None = None,
     measure: Callable[[int], dict[str, float]] = lambda epoch: {},
     identity: str | None = None,
+    anneal: Callable[[float], bool] = lambda done: True,
 ) -> Outcome:
     """Train `model` in place and leave it with its best weights, those of the highest validation accuracy.
 
@@ -90,6 +91,8 @@ def fit(
         teacher: the network to learn from, where the objective asks for one.
         measure: called after every epoch with its number, and before the first with 0, for more to note of the
             validation images; it leaves the model as it was.
+        anneal: called before every step, and at the end of every epoch, with the share of all steps that is done, to change the model; returns
+            whether it is what it shall be in the end. Of the epochs, only those that end so can be the best.
         identity: what the states are of; one that was saved with another is not gone on from. The key if None.
 
     Returns:
@@ -109,11 +112,10 @@ def fit(
     optimizer = torch.optim.SGD(
         trained, lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay
     )
-    steps_an_epoch = max(len(train) // recipe.batch_size, 1)
+    steps_an_epoch = recipe.steps_an_epoch(len(train))
+    all_steps = recipe.max_epochs * steps_an_epoch
     if recipe.lr_schedule == "one_cycle":
-        scheduler: Any = OneCycleLR(
-            optimizer, recipe.lr, recipe.max_epochs * steps_an_epoch, pct_start=0.2, cycle_momentum=False
-        )
+        scheduler: Any = OneCycleLR(optimizer, recipe.lr, all_steps, pct_start=0.2, cycle_momentum=False)
     else:
         scheduler = ReduceLROnPlateau(optimizer, factor=recipe.lr_factor, patience=recipe.lr_patience)
     stepper, prepared = accelerator.prepare(model, optimizer)
@@ -134,6 +136,7 @@ def fit(
             for step, (images, labels) in enumerate(shuffled, 1):
                 if step <= state.step:  # done before the run was interrupted
                     continue
+                anneal(outcome.steps / all_steps)
                 with accelerator.autocast():
                     loss, logits = loss_of(images, labels)
                 prepared.zero_grad()
@@ -153,13 +156,14 @@ def fit(
                 if step < steps_an_epoch and (signals.wanted or state.age() >= SAVE_EVERY):
                     state.save()
                     signals.stop(f"saved after step {outcome.steps}, in epoch {outcome.epochs}")
+            arrived = anneal(outcome.steps / all_steps)
             val_loss, accuracy = evaluate(model, val, accelerator=accelerator)
             state.note("val", loss=val_loss, accuracy=accuracy, **measure(outcome.epochs))
             state.note("train", lr=optimizer.param_groups[0]["lr"])
             outcome.diverged = not all(math.isfinite(row["value"]) for row in outcome.history)
             if outcome.diverged:
                 outcome.history = [row for row in outcome.history if math.isfinite(row["value"])]
-            elif outcome.best_epoch == 0 or accuracy > outcome.best_accuracy:  # 0: what the stage began with
+            elif arrived and (outcome.best_epoch == 0 or accuracy > outcome.best_accuracy):  # 0: as it began
                 state.keep_best(accuracy)
             state.count_plateau(val_loss)
             if recipe.lr_schedule == "plateau":
