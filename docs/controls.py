@@ -1,4 +1,4 @@
-"""Write the tables of README.md and docs/controls.md anew from results/quick/controls.csv.   python docs/controls.py"""
+"""Write the tables of README.md and docs/controls.md anew from the records of controls and cliff.   python docs/controls.py"""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pandas as pd
 
-from alphaprune.comparison import summary
+from alphaprune.blend import falls
+from alphaprune.comparison import curves, summary
 
 ROOT = Path(__file__).resolve().parents[1]
-CSV = ROOT / "results" / "quick" / "controls.csv"
+RESULTS = ROOT / "results" / "quick"
 # What the README shows of the methods, and what it calls them.
 SHORT = {
     "alphaprune, widths by sensitivity, distilled": "alphaprune, widths by sensitivity, distilled",
@@ -25,13 +26,11 @@ HEAD = ["keep_ratio 0.2: 4 % of the multiply-adds", "0.34375: 12 %", "0.5: 26 %"
 RATIOS = (0.2, 0.34375, 0.5)
 
 
-def blocks(rows: pd.DataFrame) -> dict[str, str]:
-    """The tables by name, in Markdown.
-
-    Args:
-        rows: as `comparison.summary` gives them.
-    """
-    return {"short": _short(rows), "one ratio": _one(rows[rows["keep_ratio"] == 0.34375]), "all": _all(rows)}
+def blocks() -> dict[str, str]:
+    """The tables by name, in Markdown."""
+    rows = summary(pd.read_csv(RESULTS / "controls.csv"))
+    one = rows[rows["keep_ratio"] == 0.34375]
+    return {"short": _short(rows), "one ratio": _one(one), "all": _all(rows), "cliff": _cliff()}
 
 
 def _accuracy(row: pd.Series, best: bool) -> str:
@@ -80,6 +79,27 @@ def _all(rows: pd.DataFrame) -> str:
     return _table(["method", *HEAD], [[m, *_by_ratio(rows, m)] for m in methods])
 
 
+def _cliff() -> str:
+    table = pd.read_csv(RESULTS / "cliff.csv").set_index("method")
+    lost = falls(curves("cliff", "quick", table.reset_index(), root=ROOT)).set_index("method")
+    percent = lambda share: "–" if pd.isna(share) else f"{100 * share:.1f}"  # noqa: E731
+    lines = []
+    for method, row in lost.sort_values("reached").iterrows():
+        rates = [float(lr) for lr in str(table.loc[method, "searched"]).split()]
+        lr = table.loc[method, "lr"]
+        end = " (the lowest tried)" if lr == min(rates) else ""
+        measured = [percent(row[c]) for c in ("blended", "fold_now", "first_at_0", "reached")]
+        lines.append([method, f"{lr:g}{end}", *measured])
+    head = [
+        "way",
+        "lr",
+        "blended, at the last alpha above 0",
+        "the same weights folded",
+        "after an epoch at alpha 0",
+    ]
+    return _table([*head, "reached"], lines)
+
+
 def written(page: str, tables: dict[str, str]) -> str:
     """A page with the tables between `<!-- table: name -->` and `<!-- end of table -->` replaced."""
 
@@ -90,7 +110,7 @@ def written(page: str, tables: dict[str, str]) -> str:
 
 
 def main() -> None:
-    tables = blocks(summary(pd.read_csv(CSV)))
+    tables = blocks()
     for page in (ROOT / "README.md", ROOT / "docs" / "controls.md"):
         page.write_text(written(page.read_text(), tables))
         print(page.relative_to(ROOT))

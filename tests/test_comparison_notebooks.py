@@ -10,11 +10,12 @@ from alphaprune.provenance import read
 
 @pytest.fixture(scope="module")
 def trimmed(whole_project):
-    """The project with the first, a blended and the last method of the cliff, and one control of each kind."""
+    """The project with the first, two blended and the last method of the cliff, and one control of each kind."""
     chosen = {
         "cliff": (
             "report's recipe",
             "alphaprune, layers matched, distilled",
+            "alphaprune, drawn as 0 or 1 and falling within one stage, distilled",
             "alphaprune, folded at once, distilled",
         ),
         "controls": (
@@ -41,7 +42,7 @@ def test_the_cliff(trimmed):
     for figure in ("cliff", "cliff_untrained", "cliff_shares", "cliff_ranking"):
         assert (results / "figures" / f"{figure}.png").is_file()
     table = pd.read_csv(results / "cliff.csv")
-    assert len(table) == 3 and table["images"].nunique() == 1 and table["macs"].nunique() == 1
+    assert len(table) == 4 and table["images"].nunique() == 1 and table["macs"].nunique() == 1
     assert "against folding at once" in (results / "html" / "cliff.html").read_text()
 
 

@@ -345,6 +345,14 @@ def test_an_adaptive_schedule_ends_at_0_and_goes_on_where_it_stopped(small):
         Experiment("smoke", "fig4", small)
 
 
+def test_refit_of_the_pretrained_network_is_its_least_squares_start(small):
+    stage = {"alpha": 0.0, "lr": 0.01, "from": "base"}
+    refitted = Experiment("smoke", "fig4", small, stages=[stage | {"refit": "least_squares"}])
+    started = Experiment("smoke", "fig4", small, stages=[stage], init="least_squares")
+    a, b = (StageNetworks(e).begun(e.stages[0]).state_dict() for e in (refitted, started))
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
 def test_refit_puts_fitted_branches_beside_the_wide_weights_of_a_stuck_stage(small):
     file = small / "params" / "smoke" / "freed.yaml"
     stages = [
@@ -382,12 +390,12 @@ def test_refit_puts_fitted_branches_beside_the_wide_weights_of_a_stuck_stage(sma
             "refit makes new branches; give the stage an alpha",
         ),
         (
-            {"alpha": 0.5, "lr": 0.1, "from": "base", "refit": "least_squares"},
-            "refit needs a stage with branches",
+            {"alpha": 0.5, "lr": 0.1, "from": "scratch", "refit": "least_squares"},
+            "refit needs base or a stage with branches",
         ),
         (
             {"alpha": 0.5, "lr": 0.1, "from": "pretrain/base", "refit": "least_squares"},
-            "refit needs a stage with branches",
+            "refit needs base or a stage with branches",
         ),
     ],
 )

@@ -8,7 +8,9 @@ from torch import nn
 from torchvision.models import densenet121, mobilenet_v3_small, resnet18
 
 from alphaprune import ParallelModel, UsageError, fold, optimise_for_inference
+from alphaprune.measure import multiply_adds
 from alphaprune.models import resnet20, vgg16
+from alphaprune.one_kernel import ConvRelu, _knows
 
 IMAGES = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
@@ -162,7 +164,11 @@ def test_relu_and_residuals_go_into_the_convolution_before_them(make):
         (lambda z, y: torch.add(z, y), None, []),
         (lambda z, y: z.add_(y), None, []),
         (lambda z, y: torch.add(z, y, alpha=2.0), None, ["add", "ReLU"]),  # the kernel has no factor
-        (lambda z, y: z + y.mean((2, 3), keepdim=True), None, ["add", "ReLU"]),  # nor does it broadcast
+        (
+            lambda z, y: z + y.mean((2, 3), keepdim=True),
+            None,
+            [],
+        ),  # nor does it broadcast: one after the other
         (lambda z, y: z + 1.0, None, ["add", "ReLU"]),
         (lambda z, y: z + z, None, ["add", "ReLU"]),
         (lambda z, y: z + y, lambda out, z, y: out * y.sum(), []),  # y is read again
@@ -178,6 +184,64 @@ def test_what_goes_into_one_kernel_is_the_same_function(form, after, left, dtype
     x = torch.randn(3, 3, 20, 24)
     found, expected = fast(x), network(x)
     assert float((found - expected).abs().max()) < (0.1 if dtype else 1e-5) * float(expected.abs().max())
+
+
+def kernels(network, x):
+    with torch.profiler.profile() as seen, torch.no_grad():
+        network(x)
+    return sum(e.count for e in seen.key_averages() if e.key == "mkldnn::_convolution_pointwise")
+
+
+@pytest.mark.skipif(not _knows(torch.float32), reason="no oneDNN")
+def test_the_kernels_run_and_are_counted():
+    network = trained(resnet20())
+    fast = optimise_for_inference(network, IMAGES)
+    merged = sum(isinstance(m, ConvRelu) for m in fast.modules())
+    assert kernels(fast, IMAGES) == merged == 19
+    assert multiply_adds(fast, IMAGES[:1]) == multiply_adds(network, IMAGES[:1])
+
+
+class Placed(nn.Module):
+    """Adds what has the shape of one image: another than that of a larger batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.at = nn.Conv2d(3, 4, 3, padding=1), nn.Parameter(torch.randn(1, 4, 32, 32))
+
+    def forward(self, x):
+        return nn.functional.relu(self.conv(x) + self.at)
+
+
+class Overwritten(nn.Module):
+    """What the convolution has read is changed before the sum."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.conv = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 3, padding=1)
+
+    def forward(self, x):
+        y = self.first(x)
+        z = self.conv(y)
+        return torch.relu(z + torch.relu_(y))
+
+
+class Watched(nn.Module):
+    """The weight is computed in a hook."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.utils.spectral_norm(nn.Conv2d(3, 4, 3))
+
+    def forward(self, x):
+        return torch.relu(self.conv(x))
+
+
+@pytest.mark.parametrize("make", [Placed, Overwritten, Watched])
+def test_what_one_kernel_would_change_is_the_same_on_a_larger_batch(make):
+    torch.manual_seed(0)
+    network = make().eval()
+    fast = optimise_for_inference(network, IMAGES[:1])
+    torch.testing.assert_close(fast(IMAGES), network(IMAGES), rtol=1e-4, atol=1e-5)
 
 
 def test_gradients_of_images_exporters_and_an_empty_batch_see_the_same_network(tmp_path):

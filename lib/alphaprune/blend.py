@@ -110,22 +110,36 @@ def falls(curves: pd.DataFrame) -> pd.DataFrame:
         curves: as of `comparison.curves`.
 
     Returns:
-        A row a method, accuracies as shares of 1: `blended` at the last alpha above 0 (NaN where there is none), `fold_now` of the same
-        weights, `first_at_0` the first measured of those trained at alpha 0, `reached` the best of the last stage.
+        A row a method, accuracies as shares of 1, NaN where nothing was measured: `blended` at the last alpha above 0, `fold_now` of the same
+        weights, `first_at_0` after the first epoch of which every step was at alpha 0, `reached` the best at alpha 0 of the last stage.
     """
     rows = []
     for method, own in curves[curves["split"] == "val"].groupby("method", sort=False):
-        row = {"method": method, "blended": float("nan"), "fold_now": float("nan")}
+        row = {"method": method} | dict.fromkeys(
+            ("blended", "fold_now", "first_at_0", "reached"), float("nan")
+        )
         alphas = own["alpha"].fillna(0.0)  # a folded network has none
         parts = [part for _, part in own.groupby([own["stage"], alphas], sort=False)]
         above = [p for p in parts if p["alpha"].iloc[0] > 0]
         at_0 = [p for p in parts if not p["alpha"].iloc[0] > 0]
+        begun = 0  # the epoch after which training at alpha 0 begins
         if above:
             last = above[-1]
             row["blended"] = last[last["metric"] == "accuracy"]["value"].max()
-            row["fold_now"] = last[last["metric"].isin(FOLD_NOW)]["value"].iloc[-1]
-        first = at_0[0][(at_0[0]["metric"] == "accuracy") & (at_0[0]["epoch"] > 0)]
-        row["first_at_0"] = first["value"].iloc[0]
-        row["reached"] = at_0[-1][at_0[-1]["metric"] == "accuracy"]["value"].max()
+            row["fold_now"] = _last(last[last["metric"].isin(FOLD_NOW)])
+            if at_0 and at_0[0]["stage"].iloc[0] == last["stage"].iloc[0]:  # it fell within the stage
+                begun = at_0[0]["epoch"].min()
+        if at_0:
+            accuracy = at_0[0][at_0[0]["metric"] == "accuracy"]
+            row["first_at_0"] = _first(accuracy[accuracy["epoch"] > begun])
+            row["reached"] = at_0[-1][at_0[-1]["metric"] == "accuracy"]["value"].max()
         rows.append(row)
     return pd.DataFrame(rows)
+
+
+def _first(rows: pd.DataFrame) -> float:
+    return rows["value"].iloc[0] if len(rows) else float("nan")
+
+
+def _last(rows: pd.DataFrame) -> float:
+    return rows["value"].iloc[-1] if len(rows) else float("nan")

@@ -20,6 +20,7 @@ FAMILIES = {
     "scratch": "#7a7a7a",
     "report": "crimson",
 }
+MOST_ALPHAS = 12  # written into a panel
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
 
@@ -202,9 +203,9 @@ def _cliff(ax: Axes, own: pd.DataFrame) -> None:
     last = accuracy.iloc[-1]
     ax.annotate(f"{last['y']:.1f}", (last["x"], last["y"]), xytext=(-3, 5), textcoords="offset points", ha="right",
                 fontsize="small", weight="bold")  # fmt: skip
-    starts = own.dropna(subset=["alpha"]).groupby(["experiment", "stage", "alpha"], sort=False)
-    for (_, _, alpha), at in starts:
-        x = at["x"].min()
+    starts = own.dropna(subset=["alpha"]).groupby(["experiment", "stage", "alpha"], sort=False)["x"].min()
+    every = -(-len(starts) // MOST_ALPHAS)
+    for (_, _, alpha), x in list(starts.items())[::every]:
         ax.axvline(x, color="#cfd4da", lw=0.8, zorder=0)
         ax.annotate(f"α {alpha:.2g}", (x, 2), xytext=(2, 0), textcoords="offset points",
                     fontsize="xx-small", color="#5a6470")  # fmt: skip
@@ -263,6 +264,28 @@ def untrained(table: pd.DataFrame, title: str) -> Figure:
         handles, labels = figure.axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
         figure.suptitle(title)
+    return figure
+
+
+def dead_map(table: pd.DataFrame, title: str) -> Figure:
+    """A row a model, a column a ReLU: the share of the channels that are 0 for every image.
+
+    Args:
+        table: columns model, layer, dead (a share of 1), as of `dead.dead_channels`.
+        title: above the figure.
+    """
+    grid = 100 * table.pivot(index="model", columns="layer", values="dead")
+    grid = grid.reindex(dict.fromkeys(table["model"]))[list(dict.fromkeys(table["layer"]))]
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(2.6 + 0.6 * grid.shape[1], 1.4 + 0.42 * grid.shape[0]), layout="constrained")
+        ax = figure.subplots()
+        sns.heatmap(grid, ax=ax, vmin=0, vmax=100, cmap="rocket_r", annot=True, fmt=".0f", annot_kws={"size": 8},
+                    cbar_kws={"label": "% of channels dead"})  # fmt: skip
+        ax.set_xticks([i + 0.5 for i in range(grid.shape[1])], grid.columns, rotation=45, ha="right")
+        ax.tick_params(axis="y", rotation=0)
+        ax.set_xlabel("ReLU")
+        ax.set_ylabel("")
+        ax.set_title(title)
     return figure
 
 

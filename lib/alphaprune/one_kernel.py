@@ -14,12 +14,13 @@ from functools import cache
 
 import torch
 from torch import Tensor, fx, nn
-from torch.fx.passes.shape_prop import ShapeProp
 from torch.nn import functional as F
 
 SIZES = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups")
 _RELU = {F.relu, torch.relu, torch.relu_, "relu", "relu_"}
+# In place only on what nobody reads later: `trace` refuses the rest.
 _ADD = {operator.add, operator.iadd, torch.add, "add", "add_"}
+_IN_PLACE = {"iadd", "isub", "imul", "itruediv", "setitem"}  # of the module operator; torch's end with _
 
 
 class ConvRelu(nn.Conv2d):
@@ -48,15 +49,26 @@ class ConvRelu(nn.Conv2d):
         return kernel.binary(x, residual, *how, "add", 1.0, "relu", [], None)
 
     def _has_kernel(self, x: Tensor, residual: Tensor | None) -> bool:
-        tensors = [t for t in (x, residual, self.weight) if t is not None]
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return False
+        if not isinstance(x, Tensor) or x.dim() != 4 or x.numel() == 0:  # such as what torch.fx traces with
+            return False
+        if residual is not None and (not isinstance(residual, Tensor) or residual.shape != self._shape(x)):
+            return False  # the kernel does not broadcast
+        tensors = [t for t in (x, residual, self.weight, self.bias) if t is not None]
         return (
-            x.dim() == 4
-            and x.numel() > 0
-            and all(t.device.type == "cpu" and t.dtype == x.dtype for t in tensors)
-            and _knows(x.dtype)
-            and not torch.compiler.is_compiling()
-            and not torch.jit.is_tracing()
+            all(t.device.type == "cpu" and t.dtype == x.dtype for t in tensors)
             and not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
+            and _knows(x.dtype)
+        )
+
+    def _shape(self, x: Tensor) -> tuple[int, ...]:
+        """Of what the convolution gives for x."""
+        sides = zip(x.shape[2:], self.kernel_size, self.stride, self.padding, self.dilation, strict=True)
+        return (
+            len(x),
+            self.out_channels,
+            *((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in sides),
         )
 
 
@@ -70,45 +82,36 @@ def _knows(dtype: torch.dtype) -> bool:
     )
 
 
-@torch.no_grad()
-def in_one_kernel(network: fx.GraphModule, inputs: tuple[Tensor, ...]) -> None:
+def in_one_kernel(network: fx.GraphModule) -> None:
     """Put every convolution that a ReLU alone follows, also behind the addition of a residual, into one layer with it.
 
     Args:
         network: in eval mode; it is changed.
-        inputs: examples, by which shapes are known.
     """
-    ShapeProp(network).propagate(*inputs)
     for node in list(network.graph.nodes):
         if not _is_relu(node, network):
             continue
         before = node.args[0]
-        if (conv := _conv(before, network)) is not None:
-            _merge(network, conv, node, (conv.args[0],), ())
+        if _is_conv(before, network):
+            _merge(network, before, before, node)
         elif _is_sum(before):
-            pairs = [before.args, before.args[::-1]]
-            for z, residual in sorted(pairs, key=lambda pair: _place(network, pair[0]), reverse=True):
-                if z is not residual and (conv := _conv(z, network)) is not None:
-                    _merge(network, conv, node, (conv.args[0], residual), (before,))
+            place = {n: i for i, n in enumerate(network.graph.nodes)}
+            for conv in sorted(before.args, key=place.__getitem__, reverse=True):
+                if _is_conv(conv, network) and not _changes_in_between(network, conv, before):
+                    _merge(network, conv, before, node)
                     break
     network.graph.lint()
     network.recompile()
 
 
-def _merge(
-    network: fx.GraphModule,
-    conv: fx.Node,
-    relu: fx.Node,
-    reads: tuple[fx.Node, ...],
-    between: tuple[fx.Node, ...],
-) -> None:
-    """One layer in the place of the last of its parts, where all that it reads is there."""
+def _merge(network: fx.GraphModule, conv: fx.Node, last: fx.Node, relu: fx.Node) -> None:
+    """One layer in the place of the convolution, or of the sum behind it, where all that it reads is there."""
     network.set_submodule(conv.target, ConvRelu(network.get_submodule(conv.target)))
-    with network.graph.inserting_before(relu):
-        merged = network.graph.call_module(conv.target, reads)
-    merged.meta = dict(relu.meta)
+    residual = () if last is conv else tuple(a for a in last.args if a is not conv)
+    with network.graph.inserting_before(last):
+        merged = network.graph.call_module(conv.target, (*conv.args, *residual))
     relu.replace_all_uses_with(merged)
-    for node in (relu, *between, conv):
+    for node in dict.fromkeys((relu, last, conv)):
         network.graph.erase_node(node)
 
 
@@ -116,32 +119,49 @@ def _is_relu(node: fx.Node, network: fx.GraphModule) -> bool:
     if not node.args or not isinstance(node.args[0], fx.Node):
         return False
     if node.op == "call_module":
-        return type(network.get_submodule(node.target)) is nn.ReLU
+        layer = network.get_submodule(node.target)
+        return type(layer) is nn.ReLU and not _hooked(layer)
     return node.target in _RELU
 
 
-def _conv(node: fx.Node, network: fx.GraphModule) -> fx.Node | None:
-    """The node if it is a convolution that the kernel knows and that one node alone reads."""
-    if (
-        not isinstance(node, fx.Node)
-        or node.op != "call_module"
-        or len(node.users) != 1
-        or len(node.args) != 1
-    ):
-        return None
+def _is_conv(node: fx.Node, network: fx.GraphModule) -> bool:
+    """Whether a node is a convolution that the kernel knows, called here alone, and that one node alone reads."""
+    if node.op != "call_module" or len(node.users) != 1 or len(node.args) != 1:
+        return False
     layer = network.get_submodule(node.target)
     known = type(layer) is nn.Conv2d and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
-    calls = sum(n.op == "call_module" and n.target == node.target for n in network.graph.nodes)
-    return node if known and calls == 1 else None
+    return (
+        known
+        and not _hooked(layer)  # which spectral_norm and the like compute the weight with
+        and sum(n.op == "call_module" and n.target == node.target for n in network.graph.nodes) == 1
+    )
 
 
 def _is_sum(node: fx.Node) -> bool:
-    """Whether a node, which one node alone reads, adds two tensors of the same shape and type, and nothing else."""
-    if node.target not in _ADD or len(node.users) != 1 or node.kwargs or len(node.args) != 2:
-        return False
-    seen = [a.meta.get("tensor_meta") if isinstance(a, fx.Node) else None for a in node.args]
-    return None not in seen and seen[0].shape == seen[1].shape and seen[0].dtype == seen[1].dtype
+    """Whether a node, which one node alone reads, adds what two others give, and nothing else."""
+    added = [a for a in node.args if isinstance(a, fx.Node)]
+    return (
+        node.target in _ADD
+        and len(node.users) == 1
+        and not node.kwargs
+        and len(set(added)) == len(node.args) == 2
+    )
 
 
-def _place(network: fx.GraphModule, node: fx.Node) -> int:
-    return list(network.graph.nodes).index(node)
+def _changes_in_between(network: fx.GraphModule, first: fx.Node, last: fx.Node) -> bool:
+    """Whether anything in place runs between two nodes: the first, moved to the last, could read something else."""
+    nodes = list(network.graph.nodes)
+    for node in nodes[nodes.index(first) + 1 : nodes.index(last)]:
+        if node.op == "call_module":
+            parts = network.get_submodule(node.target).modules()
+            changes = any(getattr(m, "inplace", False) for m in parts)
+        else:
+            name = getattr(node.target, "__name__", str(node.target))
+            changes = name.rstrip("_") != name or name in _IN_PLACE or "inplace" in node.kwargs
+        if changes:
+            return True
+    return False
+
+
+def _hooked(layer: nn.Module) -> bool:
+    return bool(layer._forward_hooks or layer._forward_pre_hooks)

@@ -64,7 +64,7 @@ def stage_curves(curves: pd.DataFrame, title: str, fold_now: bool = False) -> Fi
             label = (
                 f"lr {first['lr']:g}"
                 if pd.isna(first["alpha"])
-                else f"α {first['alpha']:g}, lr {first['lr']:g}"
+                else f"α {own['alpha'].iloc[-1]:g}, lr {first['lr']:g}"
             )
             if experiment != own_experiment:
                 label = f"before: {label}"

@@ -93,7 +93,9 @@ class Stage(_Training):
 
     @model_validator(mode="after")
     def _something_trains(self) -> Stage:
-        if self.alpha == 1 and not self.train_wide and not self.alongside:
+        begins = self.alpha if self.alpha_from is None else self.alpha_from
+        drawn_below = self.draw == "uniform" and self.alpha_from is not None
+        if begins == 1 and not self.train_wide and not self.alongside and not drawn_below:
             raise ValueError(
                 "alpha 1 with train_wide false trains nothing; lower alpha or set train_wide: true"
             )
@@ -222,7 +224,16 @@ class Settings(_Strict):
     def _skips_train_everything(self) -> Settings:
         if self.anneal == "skips" and not all(s.train_wide for s in self.stages):
             raise ValueError("anneal: skips has no branches that could train alone; leave train_wide out")
-        branches = {"match_layers", "alongside", "draw", "hold_batchnorm", "order", "narrow", "refit"}
+        branches = {
+            "match_layers",
+            "alongside",
+            "draw",
+            "hold_batchnorm",
+            "order",
+            "narrow",
+            "refit",
+            "alpha_from",
+        }
         if self.anneal == "skips" and (
             used := sorted(branches & set().union(*(s.determines() for s in self.stages)))
         ):

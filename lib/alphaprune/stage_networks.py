@@ -131,7 +131,8 @@ class StageNetworks:
             not first.stage.refit and isinstance(first.parent, Node) and first.parent.stage.alpha is not None
         ):
             first = first.parent
-        network = self.wide_program(first.parent) if first.stage.refit else self._network(first)
+        refitted = first.stage.refit and isinstance(first.parent, Node)
+        network = self.wide_program(first.parent) if refitted else self._network(first)
         s = node.settings
         if s.anneal == "skips":
             return SkipModel(network, example_image())

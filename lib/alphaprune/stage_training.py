@@ -44,7 +44,7 @@ def train_stage(of: Stages, node: Node, data: images.Dataset, progress: Progress
     model = networks.begun(node)
     start_seconds = time.monotonic() - started
     val, train = data.val.first(s.val_images), data.train.first(s.train_images)
-    objective = stage.objective()
+    objective, falls = stage.objective(), stage.alpha_from is not None
     teacher = networks.pretrained(node) if objective.needs_teacher else None
 
     def fold_now() -> float:
@@ -68,19 +68,19 @@ def train_stage(of: Stages, node: Node, data: images.Dataset, progress: Progress
 
     def anneal(done: float) -> bool:
         """Alpha as it is when a share of the stage is done; whether it is the stage's."""
-        if stage.alpha_from is not None:
-            set_alpha(model, stage, stage.alpha_at(done))
+        set_alpha(model, stage, stage.alpha_at(done))
         return stage.alpha_at(done) == stage.alpha
 
     checkpoint = folder / "resume.safetensors"
     try:
         outcome = fit(
             model, train, val, s.recipe(stage), node.key, checkpoint, progress.epoch, objective, teacher, measure,
-            node.identity, anneal,
+            node.identity, anneal if falls else None,
         )  # fmt: skip
     except Interrupted as e:
         raise Interrupted(e.number, f"stage {node.name} is {e.where}") from None
-    anneal(1.0)  # also where it ended early
+    if falls:
+        anneal(1.0)  # also where it ended early
     metrics = {"val_accuracy": outcome.reached}
     if stage.alpha is not None:
         metrics["fold_now"] = fold_now()

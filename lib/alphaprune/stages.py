@@ -148,9 +148,9 @@ def _check_descent(name: str, settings: Settings, stage: Stage, parent: Node | s
     """Refuse a stage whose network cannot be made from its parent's."""
     if stage.narrow and stage.narrow != "fold" and parent != BASE:
         raise UsageError(f"stage '{name}': narrow: {stage.narrow} needs `from: base`")
-    if stage.refit and (not isinstance(parent, Node) or parent.stage.alpha is None):
+    if stage.refit and parent != BASE and (not isinstance(parent, Node) or parent.stage.alpha is None):
         raise UsageError(
-            f"stage '{name}': refit needs a stage with branches to start from, not '{stage.parent}'"
+            f"stage '{name}': refit needs base or a stage with branches to start from, not '{stage.parent}'"
         )
     if not isinstance(parent, Node):
         return

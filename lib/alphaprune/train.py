@@ -75,7 +75,7 @@ def fit(
     teacher: nn.Module | None = None,
     measure: Callable[[int], dict[str, float]] = lambda epoch: {},
     identity: str | None = None,
-    anneal: Callable[[float], bool] = lambda done: True,
+    anneal: Callable[[float], bool] | None = None,
 ) -> Outcome:
     """Train `model` in place and leave it with its best weights, those of the highest validation accuracy.
 
@@ -92,7 +92,8 @@ def fit(
         measure: called after every epoch with its number, and before the first with 0, for more to note of the
             validation images; it leaves the model as it was.
         anneal: called before every step, and at the end of every epoch, with the share of all steps that is done, to change the model; returns
-            whether it is what it shall be in the end. Of the epochs, only those that end so can be the best.
+            whether it is what it shall be in the end. Of the epochs, only those that end so can be the best. The number of steps has to be
+            known: with "one_cycle" alone.
         identity: what the states are of; one that was saved with another is not gone on from. The key if None.
 
     Returns:
@@ -101,8 +102,13 @@ def fit(
 
     Raises:
         Interrupted: after SIGTERM or SIGINT, once the state is on disk.
-        UsageError: if a label is none of the classes that the network tells apart, or the images do not fit it.
+        UsageError: if a label is none of the classes that the network tells apart, or the images do not fit it; if `anneal` is given with "plateau".
     """
+    if anneal is not None and recipe.lr_schedule != "one_cycle":
+        raise UsageError(
+            "anneal needs lr_schedule 'one_cycle': with 'plateau' the number of steps is not known before"
+        )
+    anneal = anneal or (lambda done: True)
     _check_labels(model, train, val)
     keep_freed_memory()
     accelerator = accelerator_for_this_machine()
