@@ -86,12 +86,13 @@ def test_why_names_what_would_be_trained_and_what_changed(prepared, capsys, monk
     monkeypatch.chdir(prepared)
     one = "alphaprune, distilled"
 
-    def why() -> dict[str, str]:
-        main(["controls", "smoke", "--why"])
+    def why(*only: str) -> dict[str, str]:
+        main(["controls", "smoke", "--why", *(word for method in only for word in ("--method", method))])
         lines = [line.removeprefix("controls, ") for line in capsys.readouterr().out.splitlines()]
         return dict(line.split(": ", 1) for line in lines)
 
     assert why()[one] == "lr 0.02 is to be tried: stage-0 not recorded yet"
+    assert list(why(one, "scratch")) == [one, "scratch"]
     compare("controls", "smoke", prepared, [one], seeds=[0], say=lambda line: None)
     capsys.readouterr()
     said = why()

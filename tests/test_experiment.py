@@ -165,7 +165,10 @@ def test_alpha_falls_within_a_stage_and_only_what_has_arrived_is_kept(small, dra
 
     with pytest.raises(KeyboardInterrupt):
         Experiment("smoke", "fig4", small, **given).run(say)
-    pd.testing.assert_frame_equal(expected, run(small, **given)[1])
+    again, resumed, lines = run(small, **given)
+    assert not any("epoch 1/4" in line for line in lines)
+    pd.testing.assert_frame_equal(expected, resumed)
+    assert again.record("a0-lr0.02")["weights_sha256"] == record["weights_sha256"]
 
 
 def test_fold_now_is_the_accuracy_of_the_folded_network(small):

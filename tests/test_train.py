@@ -9,10 +9,11 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from alphaprune import ParallelModel, data, train
+from alphaprune import ParallelModel, UsageError, data, train
 from alphaprune.interrupt import Interrupted
 from alphaprune.models import VGG
 from alphaprune.objective import Objective
+from alphaprune.schedule import falling
 from alphaprune.train import Recipe, derive_seed, evaluate, fit
 
 RECIPE = Recipe(lr=0.05, max_epochs=4, batch_size=32, log_every=2, lr_patience=0, weight_decay=1e-3)
@@ -25,6 +26,16 @@ def model(alpha=0.5, train_wide=True):
     made = ParallelModel(VGG([6, "M", 8, "M", 8, "M", "M", "M"]), 0.5, torch.zeros(1, 3, 32, 32))
     made.alpha, made.train_wide = alpha, train_wide
     return made
+
+
+def falls(made, alpha):
+    """Alpha from 1 to that of the stage, over the first half of it."""
+
+    def anneal(done):
+        made.alpha = falling(2 * done, 1.0, alpha)
+        return done >= 0.5
+
+    return anneal
 
 
 class Killed(Exception):
@@ -60,28 +71,33 @@ def same(outcome, expected, resumed, whole):
     st.sampled_from([0.0, 0.5]),
     st.booleans(),
     st.sampled_from(["fixed", "bernoulli"]),
+    st.booleans(),
     st.sampled_from([0.0, 3600.0]),
 )
 def test_killed_and_resumed_equals_uninterrupted(
-    tmp_path_factory, kills, schedule, alpha, train_wide, draw, save_every
+    tmp_path_factory, kills, schedule, alpha, train_wide, draw, within, save_every
 ):
     recipe = dataclasses.replace(RECIPE, lr_schedule=schedule)
     folder = tmp_path_factory.mktemp("resume")
     assume(draw == "fixed" or train_wide)  # a batch that draws 1 throughout trains nothing else
+    assume(not within or (schedule == "one_cycle" and train_wide))
     objective = Objective(draw=draw)
-    whole = model(alpha, train_wide)
-    expected = fit(whole, TRAIN, VAL, recipe, "key", folder / "whole.safetensors", objective=objective)
+
+    def trained(name):
+        made = model(alpha, train_wide)
+        anneal = falls(made, alpha) if within else None
+        file = folder / f"{name}.safetensors"
+        return made, fit(made, TRAIN, VAL, recipe, "key", file, objective=objective, anneal=anneal)
+
+    whole, expected = trained("whole")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "SAVE_EVERY", save_every)  # after every step, or every epoch
         patch.setattr(torch.optim, "SGD", DiesAfter)
         DiesAfter.left = list(kills)
         for _ in range(len(kills) + 1):
             torch.rand(7)  # whatever else uses random numbers meanwhile
-            resumed = model(alpha, train_wide)
             try:
-                outcome = fit(
-                    resumed, TRAIN, VAL, recipe, "key", folder / "cut.safetensors", objective=objective
-                )
+                resumed, outcome = trained("cut")
             except Killed:
                 continue
             break
@@ -172,6 +188,16 @@ def test_a_state_that_was_copied_from_another_stage_is_not_gone_on_from(tmp_path
     with pytest.warns(UserWarning, match="is of another stage"):
         outcome = fit(begun, TRAIN, VAL, RECIPE, "key", tmp_path / "c.safetensors", identity="one")
     same(outcome, expected, begun, whole)
+
+
+def test_the_best_is_one_that_has_arrived_and_the_steps_are_known(tmp_path):
+    made = model()
+    recipe = dataclasses.replace(RECIPE, lr=1e-6, lr_schedule="one_cycle")  # it learns next to nothing
+    outcome = fit(made, TRAIN, VAL, recipe, "key", tmp_path / "a.safetensors", anneal=falls(made, 0.0))
+    assert outcome.best_epoch >= 2 and made.alpha == 0.0
+    assert outcome.best_accuracy == evaluate(made, VAL)[1]
+    with pytest.raises(UsageError, match="anneal needs lr_schedule 'one_cycle'"):
+        fit(made, TRAIN, VAL, RECIPE, "key", tmp_path / "b.safetensors", anneal=falls(made, 0.0))
 
 
 def test_another_key_gives_another_run(tmp_path):

@@ -172,11 +172,7 @@ def compare(
         check("keep_ratio", ratio, KeepRatio, "give a share in (0, 1], such as 0.5")
     for seed in seeds:
         check("seed", seed, Seed, "give a whole number from 0")
-    if unknown := set(methods) - set(plan.methods):
-        raise UsageError(
-            f"method {shown(sorted(unknown)[0])} is unknown; there are: {'; '.join(plan.methods)}"
-        )
-    chosen = [_Method(name, preset, root, method) for method in methods or plan.methods]
+    chosen = _chosen(name, preset, root, methods)
     seeds, ratios = tuple(seeds or plan.seeds), list(keep_ratios or plan.keep_ratios)
     if budgets:
         seeds, ratios = seeds[:1], ratios[:1]
@@ -210,11 +206,18 @@ def compare(
     return table
 
 
-def reasons(name: str, preset: str, root: Path | None = None) -> list[str]:
+def reasons(name: str, preset: str, root: Path | None = None, methods: Sequence[str] = ()) -> list[str]:
     """What `compare` would train, and why: a line a method; arguments as of `compare`."""
     root = root or project_root()
     plan = load_comparison(name, root)
-    return [f"{name}, {m}: {_Method(name, preset, root, m).reason(plan)}" for m in plan.methods]
+    return [f"{name}, {m.method}: {m.reason(plan)}" for m in _chosen(name, preset, root, methods)]
+
+
+def _chosen(name: str, preset: str, root: Path, methods: Sequence[str]) -> list[_Method]:
+    known = load_comparison(name, root).methods
+    if unknown := set(methods) - set(known):
+        raise UsageError(f"method {shown(sorted(unknown)[0])} is unknown; there are: {'; '.join(known)}")
+    return [_Method(name, preset, root, method) for method in methods or known]
 
 
 @contextmanager
@@ -440,7 +443,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         with ending_with_a_line():
             if args.why:
-                print(*reasons(args.name, args.preset), sep="\n")
+                print(*reasons(args.name, args.preset, methods=args.method), sep="\n")
                 return
             table = compare(
                 args.name,
