@@ -14,11 +14,12 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results" / "quick"
 # What the README shows of the methods, and what it calls them.
 SHORT = {
-    "alphaprune, widths by sensitivity, distilled": "alphaprune, widths by sensitivity, distilled",
+    "alphaprune, annealed, widths by sensitivity, distilled": "alphaprune, annealed, widths by sensitivity, distilled",
+    "alphaprune, widths by sensitivity, distilled": "alphaprune, folded at once, widths by sensitivity, distilled",
     "torch-pruning group L2, widths by sensitivity, distilled": "torch-pruning group L2, at the same widths, distilled",
     "torch-pruning L1, widths by sensitivity, distilled": "torch-pruning L1, at the same widths, distilled",
+    "alphaprune, annealed, distilled": "alphaprune, annealed, one ratio for all, distilled",
     "torch-pruning group L2, distilled": "torch-pruning group L2, one ratio for all, distilled",
-    "alphaprune, distilled": "alphaprune, one ratio for all, distilled",
     "scratch, distilled": "from scratch, distilled",
     "report's recipe": "the report's recipe",
 }

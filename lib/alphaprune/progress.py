@@ -33,14 +33,7 @@ class Progress:
 
     def epoch(self, outcome: Outcome) -> None:
         self.epochs_run += 1
-        train, val = (
-            next(
-                r["value"]
-                for r in reversed(outcome.history)
-                if (r["split"], r["metric"]) == (split, "accuracy")
-            )
-            for split in ("train", "val")
-        )
+        train, val = outcome.latest("train"), outcome.latest("val")
         left = (self.stages - self.done) * self.max_epochs - outcome.epochs
         seconds = left * (time.monotonic() - self.started) / self.epochs_run
         self.say(

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -58,8 +58,12 @@ class Outcome:
         """Best validation accuracy after an epoch; where the first epoch diverged, what it left."""
         if self.best_epoch or not self.diverged:
             return self.best_accuracy
+        return self.latest("val")
+
+    def latest(self, split: Literal["train", "val"]) -> float:
+        """The accuracy that was measured last, a share of 1."""
         return next(
-            r["value"] for r in reversed(self.history) if (r["split"], r["metric"]) == ("val", "accuracy")
+            r["value"] for r in reversed(self.history) if (r["split"], r["metric"]) == (split, "accuracy")
         )
 
 
