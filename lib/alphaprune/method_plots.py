@@ -93,12 +93,13 @@ def pareto(
     """
     look = _look(sorted(summary["method"].unique()))
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(9.6, 5.4), layout="constrained")
+        legend = 0.21 * (len(look) + 2) / 2  # inches
+        figure = Figure(figsize=(9.6, 5.0 + legend), layout="constrained")
         ax = figure.subplots()
         macs, accuracy = original
         ax.axhline(accuracy, color="black", lw=1, ls=":")
-        ax.annotate(f"the network that is pruned, {accuracy:.1f} %", (1, accuracy), xycoords=("axes fraction", "data"),
-                    xytext=(-4, 4), textcoords="offset points", ha="right", fontsize="small")  # fmt: skip
+        ax.annotate(f"the network that is pruned, {accuracy:.1f} %", (0, accuracy), xycoords=("axes fraction", "data"),
+                    xytext=(4, 4), textcoords="offset points", fontsize="small")  # fmt: skip
         for method, own in summary.groupby("method", sort=True):
             own = own.sort_values("macs")
             ax.errorbar(100 * own["macs"] / macs, own["test_mean"], yerr=own["test_std"].fillna(0), lw=1.1, ms=6, capsize=2,
@@ -106,8 +107,9 @@ def pareto(
         for n, row in enumerate(published.itertuples()):
             ax.plot(row.macs_left, row.test_accuracy, marker="*", ms=13, ls="", color="white", markeredgecolor="black",
                     label="published: full-width VGG-16, other training" if n == 0 else None)  # fmt: skip
-            ax.annotate(row.name, (row.macs_left, row.test_accuracy), xytext=(9, 2 - 10 * (n % 2 == 0)), textcoords="offset points",
-                        fontsize="small")  # fmt: skip
+            side = -1 if n % 2 == 0 else 1  # two stand close together
+            ax.annotate(row.name, (row.macs_left, row.test_accuracy), xytext=(9 * side, -3), textcoords="offset points",
+                        ha="right" if side < 0 else "left", fontsize="small")  # fmt: skip
         ax.set_xscale("log")
         ticks = [5, 10, 20, 30, 50]
         ax.set_xticks(ticks, [str(t) for t in ticks])
