@@ -206,7 +206,7 @@ def _cliff(ax: Axes, own: pd.DataFrame) -> None:
     ax.annotate(f"{last['y']:.1f}", (last["x"], last["y"]), xytext=(-3, 5), textcoords="offset points", ha="right",
                 fontsize="small", weight="bold")  # fmt: skip
     starts = own.dropna(subset=["alpha"]).groupby(["experiment", "stage", "alpha"], sort=False)["x"].min()
-    every = -(-len(starts) // MOST_ALPHAS)
+    every = max(-(-len(starts) // MOST_ALPHAS), 1)
     for (_, _, alpha), x in list(starts.items())[::every]:
         ax.axvline(x, color="#cfd4da", lw=0.8, zorder=0)
         ax.annotate(f"α {alpha:.2g}", (x, 2), xytext=(2, 0), textcoords="offset points",
