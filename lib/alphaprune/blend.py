@@ -110,7 +110,7 @@ def falls(curves: pd.DataFrame) -> pd.DataFrame:
         curves: as of `comparison.curves`.
 
     Returns:
-        A row a method, accuracies as shares of 1, NaN where nothing was measured: `blended` at the last alpha above 0, `fold_now` of the same
+        A row a method, accuracies as shares of 1, NaN where nothing was measured: `blended` the best after training at the last alpha above 0, `fold_now` of the same
         weights, `first_at_0` after the first epoch of which every step was at alpha 0, `reached` the best at alpha 0 of the last stage.
     """
     rows = []
@@ -125,7 +125,8 @@ def falls(curves: pd.DataFrame) -> pd.DataFrame:
         begun = 0  # the epoch after which training at alpha 0 begins
         if above:
             last = above[-1]
-            row["blended"] = last[last["metric"] == "accuracy"]["value"].max()
+            trained = last[(last["metric"] == "accuracy") & (last["epoch"] > 0)]
+            row["blended"] = trained["value"].max()
             row["fold_now"] = _last(last[last["metric"].isin(FOLD_NOW)])
             if at_0 and at_0[0]["stage"].iloc[0] == last["stage"].iloc[0]:  # it fell within the stage
                 begun = at_0[0]["epoch"].min()

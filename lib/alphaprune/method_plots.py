@@ -5,6 +5,8 @@ Blue is ours, orange Torch-Pruning, grey from scratch, red the report's recipe; 
 
 from __future__ import annotations
 
+from textwrap import fill
+
 import matplotlib
 import pandas as pd
 import seaborn as sns
@@ -173,7 +175,7 @@ def cliffs(curves: pd.DataFrame, title: str, columns: int = 3) -> Figure:
         panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
         for ax, way in zip(panels.flat, ways, strict=False):
             _cliff(ax, curves[curves["method"] == way])
-            ax.set_title(way.replace(", distilled", " (distilled)"), fontsize="small")
+            ax.set_title(fill(way.replace(", distilled", " (distilled)"), 48), fontsize="small")
         for ax in panels.flat[len(ways) :]:
             ax.set_axis_off()
         for ax in panels[-1]:
@@ -187,10 +189,8 @@ def cliffs(curves: pd.DataFrame, title: str, columns: int = 3) -> Figure:
 
 
 def _cliff(ax: Axes, own: pd.DataFrame) -> None:
-    def line(metric: str) -> pd.DataFrame:
-        return own[own["metric"] == metric].drop_duplicates("x", keep="last").sort_values("x")
-
-    accuracy = line("accuracy")
+    # In the order of training: where a stage ends and the next begins there are two, and the line falls or rises between them.
+    accuracy = own[own["metric"] == "accuracy"]
     share = recorded_shares(own).groupby("x", as_index=False)["y"].mean()
     now = own[own["metric"].isin(["fold_now_running", "fold_now"])].drop_duplicates("x", keep="last")
     ax.plot(accuracy["x"], accuracy["y"], color="#3d4650", lw=1.6, label="validation accuracy at its alpha")
