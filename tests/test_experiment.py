@@ -119,19 +119,24 @@ def test_records_suffice_where_the_weights_are_gone(small):
     pd.testing.assert_frame_equal(history, again)
 
 
-def test_an_interrupted_experiment_goes_on_where_it_was(small, monkeypatch):
-    _, expected, _ = run(small, max_epochs=3)
-    for folder in (small / "results" / "smoke" / "stages" / "fig4").iterdir():
+def run_stopped_at(moment, project, **given):
+    """Figure 4 without its records: stopped when a line says so, then run again."""
+    for folder in (project / "results" / "smoke" / "stages" / "fig4").iterdir():
         for file in folder.iterdir():
             file.unlink()
 
     def say(line):
-        if "epoch 2/3" in line:
+        if moment in line:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        Experiment("smoke", "fig4", small, max_epochs=3).run(say)
-    _, resumed, lines = run(small, max_epochs=3)
+        Experiment("smoke", "fig4", project, **given).run(say)
+    return run(project, **given)
+
+
+def test_an_interrupted_experiment_goes_on_where_it_was(small):
+    _, expected, _ = run(small, max_epochs=3)
+    _, resumed, lines = run_stopped_at("epoch 2/3", small, max_epochs=3)
     assert not any("1/2 a0.5-lr0.01: epoch 1/3" in line for line in lines)
     pd.testing.assert_frame_equal(expected, resumed)
 
@@ -154,18 +159,7 @@ def test_alpha_falls_within_a_stage_and_only_what_has_arrived_is_kept(small, dra
     )
     model = experiment.model("a0-lr0.02")
     assert model.alpha == 0.0
-
-    folder = next((small / "results" / "smoke" / "stages" / "fig4").iterdir())
-    for file in folder.iterdir():
-        file.unlink()
-
-    def say(line):
-        if "epoch 1/4" in line:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        Experiment("smoke", "fig4", small, **given).run(say)
-    again, resumed, lines = run(small, **given)
+    again, resumed, lines = run_stopped_at("epoch 1/4", small, **given)
     assert not any("epoch 1/4" in line for line in lines)
     pd.testing.assert_frame_equal(expected, resumed)
     assert again.record("a0-lr0.02")["weights_sha256"] == record["weights_sha256"]
