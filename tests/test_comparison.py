@@ -217,14 +217,16 @@ def test_further_ratios_take_the_rate_that_was_found_at_the_first(prepared):
 
 def test_longer_budgets_train_on_more_images_and_rows_of_earlier_calls_stay(prepared):
     file = prepared / "params" / "controls.yaml"
-    file.write_text(yaml.safe_dump(yaml.safe_load(file.read_text()) | {"budgets": [2]}))
-    only = {"methods": ["scratch"], "say": lambda line: None}
-    table = compare("controls", "smoke", prepared, budgets=True, **only)
-    assert list(table["images"]) == [6 * 128, 12 * 128] and table["lr"].nunique() == 1
+    file.write_text(yaml.safe_dump(yaml.safe_load(file.read_text()) | {"budgets": [2, 0.5]}))
+    lines: list[str] = []
+    table = compare("controls", "smoke", prepared, methods=["scratch"], budgets=True, say=lines.append)
+    assert list(table["images"]) == [3 * 128, 6 * 128, 12 * 128] and table["lr"].nunique() == 1
     assert table["start_accuracy"].nunique() == 1  # the same network, before any training
+    said = [line.split(", ")[2].split(":")[0] for line in lines if "% validation" in line]
+    assert said == ["768 images", "384 images", "1,536 images"]  # what is there already, then the cheap first
     compare("controls", "smoke", prepared, methods=["torch-pruning L1"], budgets=True, say=lambda line: None)
     written = pd.read_csv(prepared / "results" / "smoke" / "controls_budgets.csv")
-    assert list(written["method"]) == ["scratch"] * 2 + ["torch-pruning L1"] * 2
+    assert list(written["method"]) == ["scratch"] * 3 + ["torch-pruning L1"] * 3
 
 
 def test_the_methods_of_the_project_can_all_be_begun(project):

@@ -176,31 +176,41 @@ def compare(
     seeds, ratios = tuple(seeds or plan.seeds), list(keep_ratios or plan.keep_ratios)
     if budgets:
         seeds, ratios = seeds[:1], ratios[:1]
-    sizes = (1.0, *plan.budgets) if budgets else (1.0,)
     target = root / "results" / preset / (f"{name}_budgets.csv" if budgets else f"{name}.csv")
     for method in chosen:  # before the first of them trains
         method.check(plan.first_lr, ratios[0], seeds[0])
     _earlier(target)
-    rows: dict[int, list[dict[str, Any]]] = {}
+    rows: dict[tuple[int, int, float], list[dict[str, Any]]] = {}
     with _workers(jobs) as pool:
         searching = {pool.submit(_until_stopped, _search, method): method for method in chosen}
-        running: dict[Future, int] = {}
-        for n, done in enumerate(as_completed(searching), 1):
-            method, (lr, searched) = searching[done], done.result()
-            say(f"[rate {n}/{len(chosen)}] {method.method}: {lr:g}, the best of {searched}")
+        running: dict[Future, tuple[int, int, float]] = {}
+        rates: dict[_Method, tuple[float, str]] = {}
+
+        def run(method: _Method, size: float) -> None:
             for i, ratio in enumerate(ratios):
-                place = i * len(chosen) + chosen.index(method)
-                task = pool.submit(_until_stopped, _run, method, lr, searched, ratio, seeds, sizes)
-                running[task] = place
+                task = pool.submit(_until_stopped, _run, method, *rates[method], ratio, seeds, size)
+                running[task] = i, chosen.index(method), size
+
+        for n, done in enumerate(as_completed(searching), 1):
+            method = searching[done]
+            rates[method] = lr, searched = done.result()
+            say(f"[rate {n}/{len(chosen)}] {method.method}: {lr:g}, the best of {searched}")
+            run(method, 1.0)
+        for size in sorted(plan.budgets) if budgets else ():  # the small ones of all methods first
+            for method in chosen:
+                run(method, size)
         for n, done in enumerate(as_completed(running), 1):
-            i = running[done]
-            rows[i] = done.result()
-            scores = ", ".join(f"{r['val_accuracy']:.1f}" for r in rows[i])
-            first = rows[i][0]
+            place = running[done]
+            rows[place] = done.result()
+            scores = ", ".join(f"{r['val_accuracy']:.1f}" for r in rows[place])
+            first = rows[place][0]
             say(
-                f"[{n}/{len(running)}] {first['method']}, keep_ratio {first['keep_ratio']:g}: {scores} % validation"
+                f"[{n}/{len(running)}] {first['method']}, keep_ratio {first['keep_ratio']:g}, "
+                f"{first['images']:,} images: {scores} % validation"
             )
-            table = pd.DataFrame([r for j in sorted(rows) for r in rows[j]], columns=COLUMNS)
+            table = pd.DataFrame([r for p in sorted(rows) for r in rows[p]], columns=COLUMNS)
+            # Small budgets of many stages are all an epoch a stage.
+            table = table.drop_duplicates([*LIKE, "images"], ignore_index=True)
             whole = _merged(_earlier(target), table, plan)
             write_bytes(target, whole.to_csv(index=False, float_format="%.6g").encode())
     return table
@@ -392,20 +402,18 @@ def _run(
     searched: str,
     keep_ratio: float,
     seeds: tuple[int, ...],
-    budgets: tuple[float, ...],
+    budget: float,
 ) -> list[dict[str, Any]]:
-    """All seeds and budgets of a method at a keep_ratio, with the rate that was found."""
+    """All seeds of a method at a keep_ratio and budget, with the rate that was found."""
     from alphaprune.method_result import (
         of_trained,  # brings torch, which what is wrong with the input need not wait for
     )
 
     shared = {"method": method.method, "keep_ratio": keep_ratio, "lr": lr, "searched": searched}
-    rows: dict[tuple[int, int], dict[str, Any]] = {}  # small budgets of many stages are all an epoch a stage
-    for seed in seeds:
-        for budget in budgets:
-            own = of_trained(method.train(lr, keep_ratio, seed, budget, finals=True))
-            rows.setdefault((seed, own["images"]), shared | {"seed": seed} | own)
-    return list(rows.values())
+    return [
+        shared | {"seed": seed} | of_trained(method.train(lr, keep_ratio, seed, budget, finals=True))
+        for seed in seeds
+    ]
 
 
 def climb(grid: Sequence[float], first: float, reached: Callable[[float], float]) -> float:
