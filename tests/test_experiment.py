@@ -297,12 +297,13 @@ def test_widths_by_sensitivity_are_the_same_for_every_way_to_narrow(small):
     stages = [{"name": way, "lr": 0.01, "from": "base", "narrow": way} for way in ways]
     stages_of(small, stages, init="least_squares", init_images=100)
     found = {}
-    for widths in ("uniform", "sensitivity"):
-        experiment, _, _ = run(small, widths=widths)
+    for widths, round_to in (("uniform", 1), ("sensitivity", 1), ("sensitivity", 4)):
+        experiment, _, _ = run(small, widths=widths, round_to=round_to)
         shapes = [[tuple(p.shape) for p in experiment.model(way).parameters()] for way in ways]
         assert all(s == shapes[0] for s in shapes)
-        found[widths] = shapes[0]
-    assert found["uniform"] != found["sensitivity"]
+        found[widths, round_to] = shapes[0]
+    assert len({str(s) for s in found.values()}) == 3
+    assert all(s[0] % 4 == 0 for s in found["sensitivity", 4][:-2])  # the last layer gives the classes
 
 
 @pytest.mark.parametrize(

@@ -18,9 +18,10 @@ PLAIN = sorted(set(PARTS) - {"grouped residual"})
 @given(
     st.lists(st.sampled_from(PLAIN), min_size=1, max_size=3),
     st.floats(0.3, 0.8),
+    st.sampled_from([1, 1, 2, 3]),
     st.randoms(use_true_random=False),
 )
-def test_never_more_than_uniform_and_ties_are_kept(parts, keep_ratio, random):
+def test_never_more_than_uniform_and_ties_are_kept(parts, keep_ratio, round_to, random):
     torch.manual_seed(0)
     network, x = Random(parts, [12] * (len(parts) + 1), "mean").eval(), torch.randn(2, 2, 8, 8)
     try:
@@ -29,13 +30,22 @@ def test_never_more_than_uniform_and_ties_are_kept(parts, keep_ratio, random):
         return
     found = damages(network, torch.randn(40, 2, 8, 8), ratios=(0.5,))
     invented = {g: {0.2: random.random() + 1, 0.5: random.random(), 0.8: random.random() / 9} for g in found}
-    ratios = allot(network, invented, keep_ratio, x)
+    try:
+        ratios = allot(network, invented, keep_ratio, x, round_to=round_to)
+    except UsageError as e:
+        assert round_to > 1 and "too coarse" in str(e)
+        return
     chosen = plan(network, ratios, x, latency=False)
     for cost in ("multiply_adds", "parameters"):
         assert chosen.share(cost) <= uniform.share(cost)
     for group in found:
         assert len({ratios[name] for name in group.split(", ")}) == 1
-    assert ParallelModel(network, ratios, x).keep_ratio == ratios
+    model = ParallelModel(network, ratios, x)
+    assert model.keep_ratio == ratios
+    kept = {
+        name: (int(len(m.ids) * ratios[name]), len(m.ids)) for m in model.mixers if (name := m.name) in ratios
+    }
+    assert all(k % round_to == 0 or k == c for k, c in kept.values())
 
 
 def test_a_layer_that_does_not_matter_is_narrowed_most_and_the_same_comes_out_each_time():
@@ -55,6 +65,26 @@ def test_a_layer_that_does_not_matter_is_narrowed_most_and_the_same_comes_out_ea
     ratios = allot(network, damage, 0.34375, x[:1])
     assert ratios["features.37"] <= 0.34375 < max(ratios.values())
     assert ratios == allot(network, damage, 0.34375, x[:1])
+
+
+def test_multiples_cost_no_more_and_layers_are_rounded_up_as_well_as_down():
+    network, x = vgg16(0.25).eval(), torch.randn(1, 3, 32, 32)
+    layers = [n for n, m in network.named_modules() if isinstance(m, nn.Conv2d)]
+    damage = {name: {0.2: 1.0 / (i + 1), 0.5: 0.3 / (i + 1)} for i, name in enumerate(layers)}
+    uniform = plan(network, 0.34375, x, latency=False)
+    ratios = allot(network, damage, 0.34375, x, round_to=8)
+    rounded = plan(network, ratios, x, latency=False)
+    kept = rounded.table["out_folded"][:-1]  # the last gives the classes
+    assert (kept % 8 == 0).all() and kept.nunique() > 2
+    assert (
+        0.9 * uniform.share("multiply_adds")
+        < rounded.share("multiply_adds")
+        <= uniform.share("multiply_adds")
+    )
+    with pytest.raises(UsageError, match="round_to=16 is too coarse: 16 channels in every layer"):
+        allot(network, damage, 0.2, x, round_to=16)
+    with pytest.raises(UsageError, match="round_to is 0; give a whole number"):
+        allot(network, damage, 0.2, x, round_to=0)
 
 
 def test_tied_layers_are_one_group():

@@ -129,7 +129,7 @@ class _Method:
         self._settings(lr, keep_ratio, seed)
         shared = settings_of(self.name, self.root, self.method, lr, keep_ratio, seed)
         # Widths by sensitivity would be measured, and nothing that can be wrong depends on them.
-        Experiment(self.preset, self.name, self.root, **shared | {"widths": "uniform"})
+        Experiment(self.preset, self.name, self.root, **shared | {"widths": "uniform", "round_to": 1})
 
 
 def compare(

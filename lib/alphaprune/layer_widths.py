@@ -16,7 +16,7 @@ from alphaprune.errors import UsageError
 from alphaprune.lock import only_here
 from alphaprune.models import NETWORKS, example_image
 from alphaprune.records import SensitivityRecord, read_if_whole, write_record
-from alphaprune.sensitivity import allot, damages
+from alphaprune.sensitivity import OtherLayers, allot, damages
 from alphaprune.settings import Settings
 from alphaprune.timing import torch_threads
 from alphaprune.train import accelerator_for_this_machine
@@ -32,16 +32,18 @@ def ratios(settings: Settings, root: Path) -> float | dict[str, float]:
         return settings.keep_ratio
     damage = json.dumps(measured(settings, root)["damages"])
     try:
-        return dict(_allotted(settings.network, settings.width, settings.keep_ratio, damage))
-    except UsageError as e:
+        return dict(
+            _allotted(settings.network, settings.width, settings.keep_ratio, settings.round_to, damage)
+        )
+    except OtherLayers as e:
         where = f"results/{settings.preset}/sensitivity"
         raise UsageError(f"{where}: {e}: delete that folder and run the same command again") from None
 
 
 @lru_cache  # a second each, and a comparison asks for the same widths again for every seed
-def _allotted(network: str, width: float, keep_ratio: float, damage: str) -> dict[str, float]:
+def _allotted(network: str, width: float, keep_ratio: float, round_to: int, damage: str) -> dict[str, float]:
     curves = {group: {float(r): d for r, d in curve.items()} for group, curve in json.loads(damage).items()}
-    return allot(NETWORKS[network](width).eval(), curves, keep_ratio, example_image())
+    return allot(NETWORKS[network](width).eval(), curves, keep_ratio, example_image(), round_to=round_to)
 
 
 def measured(settings: Settings, root: Path) -> dict[str, Any]:

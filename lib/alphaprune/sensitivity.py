@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 import random
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -29,12 +29,16 @@ from alphaprune.graph import Mixer, Structure
 from alphaprune.modes import in_eval_mode
 from alphaprune.parallel import ParallelModel
 from alphaprune.trace import as_inputs
-from alphaprune.widths import choose, costs
+from alphaprune.widths import check_round_to, choose, costs
 
 RATIOS = (0.12, 0.35, 0.65)
 LEAST = 0.05  # share of its channels that a group keeps at least
 EXCHANGES = 40_000  # random changes that the search tries
 BATCH = 250
+
+
+class OtherLayers(UsageError):
+    """Damages that were measured on another network."""
 
 
 def damages(
@@ -87,6 +91,7 @@ def allot(
     keep_ratio: float,
     example_input: Tensor | tuple[Tensor, ...],
     exclude: Sequence[str] = (),
+    round_to: int = 1,
 ) -> dict[str, float]:
     """A keep_ratio a layer, of the same cost as one for all and with the least damage.
 
@@ -96,18 +101,22 @@ def allot(
         keep_ratio: the ratio for all whose multiply-adds and parameters are not exceeded, in (0, 1].
         example_input: a batch as the network expects it, of the image size that multiply-adds count for.
         exclude: as for `damages`.
+        round_to: each layer keeps a multiple of so many channels, or all it has: 8 or 16 fill the registers of a CPU. One ratio for all can
+            only round down; here some layers are rounded up for what others save.
 
     Returns:
         By layer name its ratio, to be given to `ParallelModel`.
 
     Raises:
-        UsageError: if `damage` is of other layers than the network's.
+        OtherLayers: if `damage` is of other layers than the network's.
+        UsageError: if a multiple of `round_to` in every layer already costs more.
     """
+    check_round_to(round_to)
     structure = ParallelModel(network, 1.0, example_input, exclude=exclude).structure
     groups = [group.split(", ") for group in damage]
     layers = {m.name for m in _narrowed(structure)}
     if differs := sorted(layers.symmetric_difference(name for group in groups for name in group)):
-        raise UsageError(f"the damages measured are of other layers ('{differs[0]}'); measure them again")
+        raise OtherLayers(f"the damages measured are of other layers ('{differs[0]}'); measure them again")
     channels = [_channels(structure, group[0]) for group in groups]
     curves = [_curve(damage[", ".join(g)], c) for g, c in zip(groups, channels, strict=True)]
 
@@ -121,15 +130,32 @@ def allot(
         return sum(r["multiply_adds"] for r in rows), sum(r["parameters"] for r in rows)
 
     uniform = [max(int(c * keep_ratio), 1) for c in channels]
-    kept, budget = _search(uniform, curves, _Estimate(structure, groups)), cost(uniform)
+    estimate = _Estimate(structure, groups)
+    start = [max(k // round_to * round_to, min(round_to, c)) for k, c in zip(uniform, channels, strict=True)]
+    _take_back(start, curves, estimate, estimate(uniform), round_to)
+    kept = _search(start, curves, estimate, estimate(uniform), round_to)
     # The estimate knows of no rounding in groups; what it allows too much is taken back where that hurts least.
-    while any(have > may for have, may in zip(cost(kept), budget, strict=True)):
-        i = min(
-            (i for i, k in enumerate(kept) if k > 1),
-            key=lambda i: curves[i][kept[i] - 1] - curves[i][kept[i]],
-        )
-        kept[i] -= 1
+    _take_back(kept, curves, cost, cost(uniform), round_to)
     return mapping(kept)
+
+
+def _take_back(
+    kept: list[int],
+    curves: Sequence[np.ndarray],
+    cost: Callable[[Sequence[int]], Sequence[float]],
+    budget: Sequence[float],
+    round_to: int,
+) -> None:
+    """Narrow where that hurts least until nothing costs more than the budget."""
+    while any(have > may for have, may in zip(cost(kept), budget, strict=True)):
+        lower = {i: (k - 1) // round_to * round_to for i, k in enumerate(kept) if k > round_to}
+        if not lower:
+            raise UsageError(
+                f"round_to={round_to} is too coarse: {round_to} channels in every layer already cost more than this keep_ratio for all; give a "
+                "smaller round_to, or a larger keep_ratio"
+            )
+        i = min(lower, key=lambda i: curves[i][lower[i]] - curves[i][kept[i]])
+        kept[i] = lower[i]
 
 
 def _answers(model: nn.Module, images: Tensor | tuple[Tensor, ...]) -> Tensor:
@@ -220,27 +246,36 @@ class _Estimate:
         return ((self.reads @ share) * (self.gives @ share)) @ self.wide
 
 
-def _search(uniform: list[int], curves: Sequence[np.ndarray], estimate: _Estimate) -> list[int]:
-    """Exchange channels among groups by simulated annealing, within the uniform widths' cost; the best met.
+def _search(
+    start: list[int],
+    curves: Sequence[np.ndarray],
+    estimate: _Estimate,
+    budget: np.ndarray,
+    round_to: int,
+) -> list[int]:
+    """Exchange channels among groups by simulated annealing, within the budget; the best met.
 
     Kirkpatrick et al., "Optimization by simulated annealing", 1983. The same numbers are drawn each time.
     """
     draw, most = random.Random(0), [len(c) - 1 for c in curves]
-    budget = estimate(uniform)
 
     def total(kept: Sequence[int]) -> float:
         return sum(float(c[k]) for c, k in zip(curves, kept, strict=True))
 
-    now, best = list(uniform), list(uniform)
-    now_damage = best_damage = total(uniform)
+    def rounded(k: int, j: int) -> int:
+        least = max(1, math.ceil(LEAST * most[j]))
+        k = min(most[j], max(least, k))
+        return k if k == most[j] else max(k // round_to * round_to, min(round_to, most[j]))
+
+    now, best = list(start), list(start)
+    now_damage = best_damage = total(start)
     for i in range(EXCHANGES):
         temperature = best_damage * 0.1 * (1 - i / EXCHANGES) + 1e-9
         tried = list(now)
         for _ in range(draw.choice((1, 2, 2, 3))):
             j = draw.randrange(len(tried))
-            step = draw.choice((-1, 1)) * max(1, round(draw.random() * 0.1 * most[j]))
-            least = max(1, math.ceil(LEAST * most[j]))
-            tried[j] = min(most[j], max(least, tried[j] + step))
+            step = draw.choice((-1, 1)) * max(round_to, round(draw.random() * 0.1 * most[j]))
+            tried[j] = rounded(tried[j] + step, j)
         damage = total(tried)
         worse = damage - now_damage
         if worse > 0 and draw.random() >= math.exp(-worse / temperature):

@@ -182,6 +182,7 @@ class Settings(_Strict):
     widths: Literal["uniform", "sensitivity"] = (
         "uniform"  # one keep_ratio for all layers, or one each at the same cost
     )
+    round_to: Count = 1  # with widths by sensitivity, channels of a layer are a multiple of this
     base: InResults  # file of the pretrained weights, from the project's folder
     # training, see train.Recipe
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
@@ -238,6 +239,12 @@ class Settings(_Strict):
             used := sorted(branches & set().union(*(s.determines() for s in self.stages)))
         ):
             raise ValueError(f"anneal: skips has no branches, which {used[0]} needs; leave it out")
+        return self
+
+    @model_validator(mode="after")
+    def _widths_can_be_rounded(self) -> Settings:
+        if self.round_to != 1 and self.widths == "uniform":
+            raise ValueError("round_to is for widths: sensitivity; set that, or leave round_to out")
         return self
 
     @model_validator(mode="after")

@@ -73,8 +73,7 @@ def choose(structure: Structure, keep_ratio: KeepRatio, round_to: int = 1) -> Wi
         UsageError: if a ratio is out of range, matches no layer, or leaves a layer without channels, or if
             the network counts on a fixed number of channels.
     """
-    if isinstance(round_to, bool) or not isinstance(round_to, int) or round_to < 1:
-        raise UsageError(f"round_to is {round_to!r}; give a whole number of at least 1, such as 8")
+    check_round_to(round_to)
     ratio_of = _ratios(structure, keep_ratio)
     kept = [torch.tensor(sorted(structure.fixed), dtype=torch.long)]
     for atom in structure.atoms:
@@ -82,6 +81,12 @@ def choose(structure: Structure, keep_ratio: KeepRatio, round_to: int = 1) -> Wi
         kept.append(atom[: _share(len(atom), ratio, blocks, name, round_to)])
     kept = torch.isin(structure.ties.roots(structure.ties.all), torch.cat(kept))
     return Widths(structure, kept, _narrow_values(structure, kept))
+
+
+def check_round_to(round_to: int) -> None:
+    """Raise UsageError if channels cannot be rounded to multiples of this."""
+    if isinstance(round_to, bool) or not isinstance(round_to, int) or round_to < 1:
+        raise UsageError(f"round_to is {round_to!r}; give a whole number of at least 1, such as 8")
 
 
 def _share(channels: int, ratio: float, blocks: int, name: str, round_to: int) -> int:
