@@ -15,7 +15,7 @@ RESULTS = ROOT / "results" / "quick"
 # What the README shows of the methods.
 SHORT = (
     "alphaprune, annealed, widths by sensitivity, distilled",
-    "alphaprune, widths by sensitivity, distilled",
+    "alphaprune, folded at once, widths by sensitivity, distilled",
     "torch-pruning group L2, widths by sensitivity, distilled",
     "alphaprune, annealed, distilled",
     "torch-pruning group L2, distilled",
@@ -64,13 +64,10 @@ def _one(rows: pd.DataFrame) -> str:
             f"{r['start_mean']:.1f}",
             f"{r['params']:,}",
             f"{r['lr']:g}",
-            f"{r['seconds']:.0f}",
         ]
         for _, r in rows.sort_values("test_mean", ascending=False).iterrows()
     ]
-    return _table(
-        ["method", "test accuracy", "before training, validation", "parameters", "lr", "seconds"], lines
-    )
+    return _table(["method", "test accuracy", "before training, validation", "parameters", "lr"], lines)
 
 
 def _all(rows: pd.DataFrame) -> str:

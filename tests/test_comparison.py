@@ -53,7 +53,7 @@ def prepared(project):
     content = yaml.safe_load(file.read_text())
     kept = {
         k: content["methods"][k]
-        for k in ("alphaprune, distilled", "scratch", "torch-pruning L1", "report's recipe")
+        for k in ("alphaprune, folded at once, distilled", "scratch", "torch-pruning L1", "report's recipe")
     }
     file.write_text(yaml.safe_dump(content | {"methods": kept, "lrs": [0.01, 0.02], "keep_ratios": [0.5]}))
     return project
@@ -84,7 +84,7 @@ def test_the_table_is_written_equal_images_and_nothing_trains_twice(prepared):
 
 def test_why_names_what_would_be_trained_and_what_changed(prepared, capsys, monkeypatch):
     monkeypatch.chdir(prepared)
-    one = "alphaprune, distilled"
+    one = "alphaprune, folded at once, distilled"
 
     def why(*only: str) -> dict[str, str]:
         main(["controls", "smoke", "--why", *(word for method in only for word in ("--method", method))])

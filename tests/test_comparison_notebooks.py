@@ -15,11 +15,11 @@ def trimmed(whole_project):
         "cliff": (
             "report's recipe",
             "alphaprune, layers matched, distilled",
-            "alphaprune, drawn as 0 or 1 and falling within one stage, distilled",
+            "alphaprune, annealed, distilled",
             "alphaprune, folded at once, distilled",
         ),
         "controls": (
-            "alphaprune, widths by sensitivity, distilled",
+            "alphaprune, folded at once, widths by sensitivity, distilled",
             "torch-pruning L1, distilled",
             "scratch, distilled",
             "report's recipe",

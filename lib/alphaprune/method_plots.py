@@ -12,6 +12,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
 from alphaprune.blend import recorded_shares
 from alphaprune.plots import STYLE
@@ -23,6 +24,7 @@ FAMILIES = {
     "report": "crimson",
 }
 MOST_ALPHAS = 12  # written into a panel
+WIDTHS = "widths by sensitivity"  # in a method's name, as distilled is
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
 
@@ -52,7 +54,7 @@ def ranking(summary: pd.DataFrame, title: str) -> Figure:
             panel a keep_ratio.
         title: above the figure.
     """
-    ratios = sorted(summary["keep_ratio"].unique(), reverse=True)
+    ratios = sorted(summary["keep_ratio"].unique())
     first = summary[summary["keep_ratio"] == ratios[0]].sort_values("test_mean")
     others = [m for m in summary["method"].unique() if m not in set(first["method"])]
     order = [*others, *first["method"]]
@@ -124,37 +126,50 @@ def pareto(
 
 
 def budget_curves(budgets: pd.DataFrame, original: float, title: str) -> Figure:
-    """Validation accuracy against images seen, from none on, and against seconds.
+    """Validation accuracy against images seen, from none on, and below against seconds; a column for each way of teaching and of choosing widths.
 
     Args:
         budgets: columns method, images, seconds, val_accuracy, start_accuracy (percent).
         original: validation accuracy of the network that is pruned, percent.
         title: above the figure.
     """
-    look = _look(sorted(budgets["method"].unique()))
+    parts = {m: m.split(", ") for m in sorted(budgets["method"].unique())}
+    ways = {
+        m: f"{'distilled' if 'distilled' in own else 'labels alone'}, {WIDTHS if WIDTHS in own else 'one ratio for all'}"
+        for m, own in parts.items()
+    }
+    names = {m: ", ".join(p for p in own if p not in ("distilled", WIDTHS)) for m, own in parts.items()}
+    columns = sorted(set(ways.values()), key=lambda way: (WIDTHS in way, "distilled" in way))
+    look = _look(sorted(set(names.values())))
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(11.5, 5.2), layout="constrained")
-        axes = figure.subplots(1, 2, sharey=True)
+        figure = Figure(figsize=(1.5 + 4.2 * len(columns), 9.6), layout="constrained")
+        axes = figure.subplots(2, len(columns), sharey=True, sharex="row", squeeze=False)
         for method, own in budgets.groupby("method", sort=True):
             own = own.sort_values("images")
-            begin = own["start_accuracy"].iloc[0]
-            for ax, column, scale in ((axes[0], "images", 1e-3), (axes[1], "seconds", 1)):
-                x, y = list(scale * own[column]), list(own["val_accuracy"])
-                if column == "images":
-                    x, y = [0, *x], [begin, *y]
-                ax.plot(x, y, lw=1.1, ms=6, label=method if ax is axes[0] else None, **look[method])
-        for ax in axes:
+            column, name = columns.index(ways[method]), names[method]
+            seen, reached = list(own["images"] / 1000), list(own["val_accuracy"])
+            style = {"lw": 1.2, "ms": 6, "label": name} | look[name] | {"markerfacecolor": _color(name)}
+            axes[0, column].plot([0, *seen], [own["start_accuracy"].iloc[0], *reached], **style)
+            axes[1, column].plot(own["seconds"], reached, **style)
+        for ax, way in zip(axes[0], columns, strict=True):
+            ax.set_title(way, fontsize="medium")
+            ax.set_xscale("symlog", linthresh=20)
+            ticks = [0, 20, 60, 120, 360, 1200]
+            ax.set_xticks(ticks, [str(t) for t in ticks])
+            ax.set_xlabel("thousand images seen (linear up to 20, then logarithmic)", fontsize="small")
+            ax.legend(loc="lower right", fontsize="small")
+        for ax in axes[1]:
+            ax.set_xscale("log")
+            ax.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+            ax.xaxis.set_major_formatter(ScalarFormatter())
+            ax.xaxis.set_minor_formatter(NullFormatter())
+            ax.set_xlabel("seconds of training and preparation, one core (logarithmic)", fontsize="small")
+        for ax in axes.flat:
             ax.axhline(original, color="black", lw=1, ls=":")
-            ax.set_ylim(0, 100)
-        axes[0].set_xscale("symlog", linthresh=20)
-        ticks = [0, 20, 50, 100, 200, 500, 1000]
-        axes[0].set_xticks(ticks, [str(t) for t in ticks])
-        axes[0].set_xlabel("thousand images seen (linear up to 20, then logarithmic)")
-        axes[1].set_xscale("log")
-        axes[1].set_xlabel("seconds of training and preparation, one core (logarithmic)")
-        axes[0].set_ylabel("validation accuracy, %")
+            ax.set_ylim(0, 95)
+        for ax in axes[:, 0]:
+            ax.set_ylabel("validation accuracy, %")
         figure.suptitle(title)
-        figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize="small")
     return figure
 
 
