@@ -185,7 +185,7 @@ $(R)/notebooks/unfinished.ipynb: $(H)/notebooks/10_unfinished_models.ipynb $(H)/
 # that no Makefile started.
 time-and-memory: $(R)/html/time_and_memory.html
 	@echo "Page:      $<"
-$(R)/notebooks/time_and_memory.ipynb: $(H)/notebooks/11_time_and_memory.ipynb $(H)/params/$(PRESET)/time_and_memory.yaml $(LIBRARY) $(R)/notebooks/pruned.ipynb
+$(R)/notebooks/time_and_memory.ipynb: $(H)/notebooks/11_time_and_memory.ipynb $(H)/params/$(PRESET)/time_and_memory.yaml $(H)/params/$(PRESET)/controls.yaml $(H)/params/$(PRESET)/preset.yaml $(LIBRARY) $(R)/notebooks/pruned.ipynb
 	@GLIBC_TUNABLES= $(RUN) $(<:$(H)/%=%) $@ -f params/$(PRESET)/time_and_memory.yaml
 	@touch $(R)/.changed
 

@@ -53,6 +53,8 @@ def _by_ratio(rows: pd.DataFrame, method: str) -> list[str]:
 
 
 def _short(rows: pd.DataFrame) -> str:
+    if unknown := set(SHORT) - set(rows["method"]):
+        raise SystemExit(f"no method of results/quick/controls.csv is called {sorted(unknown)[0]!r}")
     return _table(["", *HEAD], [[m, *_by_ratio(rows, m)] for m in SHORT])
 
 

@@ -182,6 +182,7 @@ FILES = {
     "temperature of 1e300": (stage(temperature=1e300), "stages.0.temperature"),
     "match_logits negative": (stage(match_logits=-1.0), "stages.0.match_logits"),
     "draw unknown": (stage(draw="poisson"), "stages.0.draw"),
+    "multiples of one ratio for all": ({"round_to": 8}, "round_to is for widths: sensitivity"),
     "alpha rises": (stage(alpha=0.5, alpha_from=0.2), "give a smaller alpha"),
     "alpha falls without branches": ({"stages": [{"lr": 0.1, "from": "base", "alpha_from": 1.0}]}, "give a smaller alpha"),
     "alpha falls over nothing": (stage(alpha=0.0, alpha_from=1.0, falls_over=0.0), "stages.0.falls_over"),
@@ -986,6 +987,18 @@ def test_damaged_records_of_sensitivity(root, monkeypatch, content):
             assert "of other layers" in str(e)  # whole, but for another network
         else:
             assert any("is damaged" in str(w.message) for w in caught) and len(measured) == 2
+
+
+def test_multiples_that_are_too_coarse_are_no_fault_of_the_record(root, monkeypatch):
+    monkeypatch.setattr(
+        "alphaprune.layer_widths.damages",
+        lambda network, seen: {
+            n: {0.12: 1.0, 0.5: 0.1} for n, m in network.named_modules() if isinstance(m, torch.nn.Conv2d)
+        },
+    )
+    with pytest.raises(UsageError, match=r"fig4, keep_ratio 0\.1: round_to=8 is too coarse") as said:
+        Experiment("smoke", "fig4", root, widths="sensitivity", init_images=32, round_to=8, keep_ratio=0.1)
+    assert "delete" not in str(said.value)
 
 
 STATES = {

@@ -228,6 +228,14 @@ def test_longer_budgets_train_on_more_images_and_rows_of_earlier_calls_stay(prep
     written = pd.read_csv(prepared / "results" / "smoke" / "controls_budgets.csv")
     assert list(written["method"]) == ["scratch"] * 3 + ["torch-pruning L1"] * 3
 
+    def stopped(line: str) -> None:
+        if line.startswith("[2/"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        compare("controls", "smoke", prepared, methods=["scratch"], budgets=True, say=stopped)
+    assert pd.read_csv(prepared / "results" / "smoke" / "controls_budgets.csv").equals(written)
+
 
 def test_the_methods_of_the_project_can_all_be_begun(project):
     names = [m.split(",")[0].split()[0] for m in load_comparison("controls", ROOT).methods]

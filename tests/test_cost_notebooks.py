@@ -31,6 +31,12 @@ def test_what_to_deploy_with(measured):
         assert len(table) == 2 * 4 and table["way"].nunique() == 4
         pruned = table[table["network"] == "pruned"]
         assert (pruned["predicted"] > 5).all() and (pruned["faster_than_same"] > 0).all()
+    bits = pd.read_csv(measured / "sixteen_bits.csv")
+    assert list(bits["network"]) == ["original", "pruned"] and bits[["as it is", "bfloat16"]].le(1).all(
+        axis=None
+    )
+    rounded = pd.read_csv(measured / "rounded_widths.csv").set_index("network")["predicted"]
+    assert rounded["pruned, widths by sensitivity, round_to 2"] >= 0.99 * rounded["pruned"] > 5
     assert "a batch of images" in set(pd.read_csv(measured / "data_path.csv")["alternative"])
 
 

@@ -41,6 +41,7 @@ from alphaprune.methods import (
     KeepRatio,
     Seed,
     check,
+    epochs_a_stage,
     experiment,
     final,
     load_comparison,
@@ -69,6 +70,15 @@ class _Method:
     def of(self, lr: float, keep_ratio: float, seed: int, budget: float = 1.0) -> Experiment:
         return experiment(self.name, self.preset, self.method, lr, keep_ratio, seed, budget, self.root)
 
+    def further(self, budgets: Sequence[float]) -> list[float]:
+        """Those budgets that differ in epochs from smaller ones and from the preset's own: small ones of many stages are all an epoch a stage."""
+        plan = load_comparison(self.name, self.root)
+        settings = self._settings(plan.first_lr, plan.keep_ratios[0], plan.seeds[0])
+        found = {epochs_a_stage(settings, 1.0): 1.0}
+        for budget in sorted(budgets):
+            found.setdefault(epochs_a_stage(settings, budget), budget)
+        return list(found.values())[1:]
+
     def train(
         self, lr: float, keep_ratio: float, seed: int, budget: float = 1.0, finals: bool = False
     ) -> Experiment:
@@ -91,7 +101,10 @@ class _Method:
             return str(e)
         if settings.widths != "uniform" and recorded(settings, self.root) is None:
             return "the widths are not measured yet"
-        of = self.of(lr, keep_ratio, seed)
+        try:
+            of = self.of(lr, keep_ratio, seed)
+        except UsageError as e:  # such as widths that cannot be
+            return str(e)
         whys = ((n.stage.name, of.why(n, same=("stage", "seed")) or of.weights_damage(n)) for n in of.stages)
         if found := next((f"{stage} {why}" for stage, why in whys if why is not None), None):
             return found
@@ -173,7 +186,9 @@ def compare(
     for seed in seeds:
         check("seed", seed, Seed, "give a whole number from 0")
     chosen = _chosen(name, preset, root, methods)
-    seeds, ratios = tuple(seeds or plan.seeds), list(keep_ratios or plan.keep_ratios)
+    seeds, ratios = (
+        tuple(dict.fromkeys(asked)) for asked in (seeds or plan.seeds, keep_ratios or plan.keep_ratios)
+    )
     if budgets:
         seeds, ratios = seeds[:1], ratios[:1]
     target = root / "results" / preset / (f"{name}_budgets.csv" if budgets else f"{name}.csv")
@@ -196,9 +211,9 @@ def compare(
             rates[method] = lr, searched = done.result()
             say(f"[rate {n}/{len(chosen)}] {method.method}: {lr:g}, the best of {searched}")
             run(method, 1.0)
-        for size in sorted(plan.budgets) if budgets else ():  # the small ones of all methods first
-            for method in chosen:
-                run(method, size)
+        further = [(size, m) for m in chosen for size in m.further(plan.budgets)] if budgets else []
+        for size, method in sorted(further, key=lambda pair: pair[0]):  # the small ones of all methods first
+            run(method, size)
         for n, done in enumerate(as_completed(running), 1):
             place = running[done]
             rows[place] = done.result()
@@ -209,9 +224,9 @@ def compare(
                 f"{first['images']:,} images: {scores} % validation"
             )
             table = pd.DataFrame([r for p in sorted(rows) for r in rows[p]], columns=COLUMNS)
-            # Small budgets of many stages are all an epoch a stage.
-            table = table.drop_duplicates([*LIKE, "images"], ignore_index=True)
-            whole = _merged(_earlier(target), table, plan)
+            # Larger budgets of an earlier call stay until they have been looked up again.
+            like = LIKE if not budgets or n == len(running) else [*LIKE, "images"]
+            whole = _merged(_earlier(target), table, plan, like)
             write_bytes(target, whole.to_csv(index=False, float_format="%.6g").encode())
     return table
 
@@ -227,7 +242,7 @@ def _chosen(name: str, preset: str, root: Path, methods: Sequence[str]) -> list[
     known = load_comparison(name, root).methods
     if unknown := set(methods) - set(known):
         raise UsageError(f"method {shown(sorted(unknown)[0])} is unknown; there are: {'; '.join(known)}")
-    return [_Method(name, preset, root, method) for method in methods or known]
+    return [_Method(name, preset, root, method) for method in dict.fromkeys(methods or known)]
 
 
 @contextmanager
@@ -272,10 +287,12 @@ def _earlier(target: Path) -> pd.DataFrame:
         ) from None
 
 
-def _merged(earlier: pd.DataFrame, table: pd.DataFrame, plan: Comparison) -> pd.DataFrame:
-    """Rows of earlier calls and new ones, which replace all of the same method, seed and keep_ratio; in the order of the file."""
-    new = pd.MultiIndex.from_frame(table[LIKE])
-    kept = earlier[~pd.MultiIndex.from_frame(earlier[LIKE]).isin(new)]
+def _merged(
+    earlier: pd.DataFrame, table: pd.DataFrame, plan: Comparison, like: Sequence[str]
+) -> pd.DataFrame:
+    """Rows of earlier calls and new ones, which replace all that are alike in these columns; in the order of the file."""
+    new = pd.MultiIndex.from_frame(table[like])
+    kept = earlier[~pd.MultiIndex.from_frame(earlier[like]).isin(new)]
     both = pd.concat([t for t in (kept, table) if len(t)], ignore_index=True)
     both = both[both["method"].isin(plan.methods)]
     place = {m: i for i, m in enumerate(plan.methods)}
@@ -381,6 +398,8 @@ def provenance(
 def _search(method: _Method) -> tuple[float, str]:
     """The best learning rate and all that were tried, with the first seed and keep_ratio."""
     plan = load_comparison(method.name, method.root)
+    for ratio in plan.keep_ratios:  # what cannot be is said before anything trains
+        method.of(plan.first_lr, ratio, plan.seeds[0])
     tried: dict[float, float] = {}
 
     def reached(lr: float) -> float:

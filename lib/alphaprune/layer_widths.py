@@ -30,20 +30,29 @@ def ratios(settings: Settings, root: Path) -> float | dict[str, float]:
     """What the settings' keep_ratio means for each layer: one number for all, or by layer name (raises UsageError)."""
     if settings.widths == "uniform":
         return settings.keep_ratio
-    damage = json.dumps(measured(settings, root)["damages"])
+    damage = tuple((group, tuple(curve.items())) for group, curve in measured_damages(settings, root).items())
+    s = settings
     try:
-        return dict(
-            _allotted(settings.network, settings.width, settings.keep_ratio, settings.round_to, damage)
-        )
+        return dict(_allotted(s.network, s.width, s.keep_ratio, s.round_to, damage))
     except OtherLayers as e:
-        where = f"results/{settings.preset}/sensitivity"
+        where = f"results/{s.preset}/sensitivity"
         raise UsageError(f"{where}: {e}: delete that folder and run the same command again") from None
+    except UsageError as e:
+        raise UsageError(f"{s.experiment}, keep_ratio {s.keep_ratio:g}: {e}") from None
 
 
 @lru_cache  # a second each, and a comparison asks for the same widths again for every seed
-def _allotted(network: str, width: float, keep_ratio: float, round_to: int, damage: str) -> dict[str, float]:
-    curves = {group: {float(r): d for r, d in curve.items()} for group, curve in json.loads(damage).items()}
+def _allotted(
+    network: str, width: float, keep_ratio: float, round_to: int, damage: tuple[tuple[str, Any], ...]
+) -> dict[str, float]:
+    curves = {group: dict(curve) for group, curve in damage}
     return allot(NETWORKS[network](width).eval(), curves, keep_ratio, example_image(), round_to=round_to)
+
+
+def measured_damages(settings: Settings, root: Path) -> dict[str, dict[float, float]]:
+    """What `sensitivity.damages` gives for the pretrained network, from the record where there is one."""
+    found = measured(settings, root)["damages"]
+    return {group: {float(r): d for r, d in curve.items()} for group, curve in found.items()}
 
 
 def measured(settings: Settings, root: Path) -> dict[str, Any]:

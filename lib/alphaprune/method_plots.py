@@ -140,7 +140,7 @@ def budget_curves(budgets: pd.DataFrame, original: float, title: str) -> Figure:
     }
     names = {m: ", ".join(p for p in own if p not in ("distilled", WIDTHS)) for m, own in parts.items()}
     columns = sorted(set(ways.values()), key=lambda way: (WIDTHS in way, "distilled" in way))
-    look = _look(sorted(set(names.values())))
+    look, most = _look(sorted(set(names.values()))), budgets["images"].max() / 1000
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(1.5 + 4.2 * len(columns), 9.6), layout="constrained")
         axes = figure.subplots(2, len(columns), sharey=True, sharex="row", squeeze=False)
@@ -148,14 +148,15 @@ def budget_curves(budgets: pd.DataFrame, original: float, title: str) -> Figure:
             own = own.sort_values("images")
             column, name = columns.index(ways[method]), names[method]
             seen, reached = list(own["images"] / 1000), list(own["val_accuracy"])
-            style = {"lw": 1.2, "ms": 6, "label": name} | look[name] | {"markerfacecolor": _color(name)}
+            filled = _color(name) if "distilled" in ways[method] else "white"
+            style = {"lw": 1.2, "ms": 6, "label": name} | look[name] | {"markerfacecolor": filled}
             axes[0, column].plot([0, *seen], [own["start_accuracy"].iloc[0], *reached], **style)
             axes[1, column].plot(own["seconds"], reached, **style)
         for ax, way in zip(axes[0], columns, strict=True):
             ax.set_title(way, fontsize="medium")
             ax.set_xscale("symlog", linthresh=20)
-            ticks = [0, 20, 60, 120, 360, 1200]
-            ax.set_xticks(ticks, [str(t) for t in ticks])
+            ticks = [t for t in (0, 20, 60, 120, 360, 1200, 12_000, 120_000) if t <= 1.1 * most]
+            ax.set_xticks(ticks, [f"{t:,}" for t in ticks])
             ax.set_xlabel("thousand images seen (linear up to 20, then logarithmic)", fontsize="small")
             ax.legend(loc="lower right", fontsize="small")
         for ax in axes[1]:
@@ -166,7 +167,7 @@ def budget_curves(budgets: pd.DataFrame, original: float, title: str) -> Figure:
             ax.set_xlabel("seconds of training and preparation, one core (logarithmic)", fontsize="small")
         for ax in axes.flat:
             ax.axhline(original, color="black", lw=1, ls=":")
-            ax.set_ylim(0, 95)
+            ax.set_ylim(0, max(95, original + 2))
         for ax in axes[:, 0]:
             ax.set_ylabel("validation accuracy, %")
         figure.suptitle(title)

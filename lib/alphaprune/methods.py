@@ -14,7 +14,7 @@ from alphaprune import yaml_text
 from alphaprune.errors import UsageError, shown
 from alphaprune.experiment import Experiment
 from alphaprune.records import FinalRecord, read_if_whole
-from alphaprune.settings import Name, Positive, check_names, load_settings, project_root
+from alphaprune.settings import Name, Positive, Settings, check_names, load_settings, project_root
 
 MOST = 100  # values in a list
 KeepRatio = Annotated[float, Field(gt=0, le=1)]
@@ -104,8 +104,12 @@ def experiment(
     root = root or project_root()
     shared = settings_of(name, root, method, lr, keep_ratio, seed)
     settings = load_settings(preset, name, root, **shared)
-    epochs = max(round(budget * settings.max_epochs / len(settings.stages)), 1)
-    return Experiment(preset, name, root, max_epochs=epochs, **shared)
+    return Experiment(preset, name, root, max_epochs=epochs_a_stage(settings, budget), **shared)
+
+
+def epochs_a_stage(settings: Settings, budget: float) -> int:
+    """What a budget, in multiples of the preset's epochs, comes to for each of a method's stages, 1 at least."""
+    return max(round(budget * settings.max_epochs / len(settings.stages)), 1)
 
 
 def final_file(of: Experiment) -> Path:

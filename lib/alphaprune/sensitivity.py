@@ -101,8 +101,8 @@ def allot(
         keep_ratio: the ratio for all whose multiply-adds and parameters are not exceeded, in (0, 1].
         example_input: a batch as the network expects it, of the image size that multiply-adds count for.
         exclude: as for `damages`.
-        round_to: each layer keeps a multiple of so many channels, or all it has: 8 or 16 fill the registers of a CPU. One ratio for all can
-            only round down; here some layers are rounded up for what others save.
+        round_to: each layer keeps a multiple of so many channels, or all it has: 8 or 16 fill the registers of a CPU. One ratio for all
+            rounds down, or up to one multiple; here some layers are rounded up for what others save.
 
     Returns:
         By layer name its ratio, to be given to `ParallelModel`.
@@ -125,8 +125,8 @@ def allot(
         shares = [min((k + 0.5) / c, 1.0) for k, c in zip(kept, channels, strict=True)]
         return {name: share for group, share in zip(groups, shares, strict=True) for name in group}
 
-    def cost(kept: Sequence[int]) -> tuple[int, int]:
-        rows = costs(structure, choose(structure, mapping(kept)))
+    def cost(kept: Sequence[int], round_to: int = round_to) -> tuple[int, int]:
+        rows = costs(structure, choose(structure, mapping(kept), round_to))
         return sum(r["multiply_adds"] for r in rows), sum(r["parameters"] for r in rows)
 
     uniform = [max(int(c * keep_ratio), 1) for c in channels]
@@ -135,8 +135,14 @@ def allot(
     _take_back(start, curves, estimate, estimate(uniform), round_to)
     kept = _search(start, curves, estimate, estimate(uniform), round_to)
     # The estimate knows of no rounding in groups; what it allows too much is taken back where that hurts least.
-    _take_back(kept, curves, cost, cost(uniform), round_to)
-    return mapping(kept)
+    _take_back(kept, curves, cost, cost(uniform, 1), round_to)
+    if round_to == 1:
+        return mapping(kept)
+    widths = choose(
+        structure, mapping(kept), round_to
+    )  # layers of a group may have other numbers of channels
+    ids = {m.name: m.ids for m in _narrowed(structure)}
+    return {name: min((len(widths.positions(i)) + 0.5) / len(i), 1.0) for name, i in ids.items()}
 
 
 def _take_back(
@@ -263,9 +269,9 @@ def _search(
         return sum(float(c[k]) for c, k in zip(curves, kept, strict=True))
 
     def rounded(k: int, j: int) -> int:
-        least = max(1, math.ceil(LEAST * most[j]))
+        least = math.ceil(max(1, math.ceil(LEAST * most[j])) / round_to) * round_to
         k = min(most[j], max(least, k))
-        return k if k == most[j] else max(k // round_to * round_to, min(round_to, most[j]))
+        return k if k == most[j] else k // round_to * round_to
 
     now, best = list(start), list(start)
     now_damage = best_damage = total(start)
@@ -274,7 +280,7 @@ def _search(
         tried = list(now)
         for _ in range(draw.choice((1, 2, 2, 3))):
             j = draw.randrange(len(tried))
-            step = draw.choice((-1, 1)) * max(round_to, round(draw.random() * 0.1 * most[j]))
+            step = draw.choice((-1, 1)) * max(1, round(draw.random() * 0.1 * most[j] / round_to)) * round_to
             tried[j] = rounded(tried[j] + step, j)
         damage = total(tried)
         worse = damage - now_damage
