@@ -30,7 +30,13 @@ def blocks() -> dict[str, str]:
     """The tables by name, in Markdown."""
     rows = summary(pd.read_csv(RESULTS / "controls.csv"))
     one = rows[rows["keep_ratio"] == 0.34375]
-    return {"short": _short(rows), "one ratio": _one(one), "all": _all(rows), "cliff": _cliff()}
+    return {
+        "short": _short(rows),
+        "one ratio": _one(one),
+        "all": _all(rows),
+        "cliff": _cliff(),
+        "budgets": _budgets(),
+    }
 
 
 def _accuracy(row: pd.Series, best: bool) -> str:
@@ -76,6 +82,26 @@ def _all(rows: pd.DataFrame) -> str:
     lowest = rows[rows["keep_ratio"] == 0.2].set_index("method")["test_mean"]
     methods = sorted(rows["method"].unique(), key=lambda m: -lowest.get(m, 0.0))
     return _table(["method", *HEAD], [[m, *_by_ratio(rows, m)] for m in methods])
+
+
+def _budgets() -> str:
+    rows = pd.read_csv(RESULTS / "controls_budgets.csv")
+    by_images = rows.pivot_table(index="method", columns="images", values="val_accuracy")
+    by_images.insert(0, 0, rows.groupby("method")["start_accuracy"].first())
+    usual = pd.read_csv(RESULTS / "controls.csv")["images"].iloc[0]
+    order = by_images.sort_values(usual, ascending=False)
+    best = order.round(1).max()
+    lines = [
+        [
+            method,
+            *(
+                "–" if pd.isna(v) else f"**{v:.1f}**" if round(v, 1) == best[n] else f"{v:.1f}"
+                for n, v in row.items()
+            ),
+        ]
+        for method, row in order.iterrows()
+    ]
+    return _table(["method", *(f"{n:,}" for n in order.columns)], lines)
 
 
 def _cliff() -> str:
