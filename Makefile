@@ -224,7 +224,7 @@ $(R)/report.html: $(R)/notebooks/report.ipynb $(call inputs,notebooks/export.py 
 
 # Code that anyone may run who reaches it: from this machine alone, and with Jupyter's token, which is new at every start.
 lab: $(READY)
-	$(BIN)/jupyter lab --ip=127.0.0.1 --ServerApp.allow_remote_access=False --notebook-dir=. --LabApp.default_url=/lab/tree/notebooks
+	$(BIN)/jupyter lab $(LAB) --ip=127.0.0.1 --ServerApp.allow_remote_access=False --notebook-dir=. --LabApp.default_url=/lab/tree/notebooks
 
 test: $(READY)
 	@$(BIN)/ruff check .
