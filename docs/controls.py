@@ -1,4 +1,4 @@
-"""Write the tables of README.md and docs/controls.md anew from the records of controls and cliff.   python docs/controls.py"""
+"""Write the tables of README.md and docs/controls.md, and docs/budgets.png, anew from the records of controls and cliff.   python docs/controls.py"""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from pathlib import Path
 import pandas as pd
 
 from alphaprune.blend import falls
-from alphaprune.comparison import curves, summary
+from alphaprune.comparison import curves, original, summary
+from alphaprune.method_plots import budget_curves
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results" / "quick"
@@ -139,6 +140,9 @@ def main() -> None:
     for page in (ROOT / "README.md", ROOT / "docs" / "controls.md"):
         page.write_text(written(page.read_text(), tables))
         print(page.relative_to(ROOT))
+    budgets = pd.read_csv(RESULTS / "controls_budgets.csv")
+    whole = original("controls", "quick", ROOT)["val_accuracy"]
+    budget_curves(budgets, whole, "What a budget buys").savefig(ROOT / "docs" / "budgets.png", dpi=100)
 
 
 if __name__ == "__main__":
