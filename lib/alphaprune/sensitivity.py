@@ -125,8 +125,8 @@ def allot(
         shares = [min((k + 0.5) / c, 1.0) for k, c in zip(kept, channels, strict=True)]
         return {name: share for group, share in zip(groups, shares, strict=True) for name in group}
 
-    def cost(kept: Sequence[int], round_to: int = round_to) -> tuple[int, int]:
-        rows = costs(structure, choose(structure, mapping(kept), round_to))
+    def cost(kept: Sequence[int], multiple: int = round_to) -> tuple[int, int]:
+        rows = costs(structure, choose(structure, mapping(kept), multiple))
         return sum(r["multiply_adds"] for r in rows), sum(r["parameters"] for r in rows)
 
     uniform = [max(int(c * keep_ratio), 1) for c in channels]
@@ -138,9 +138,8 @@ def allot(
     _take_back(kept, curves, cost, cost(uniform, 1), round_to)
     if round_to == 1:
         return mapping(kept)
-    widths = choose(
-        structure, mapping(kept), round_to
-    )  # layers of a group may have other numbers of channels
+    # Layers of a group may have other numbers of channels.
+    widths = choose(structure, mapping(kept), round_to)
     ids = {m.name: m.ids for m in _narrowed(structure)}
     return {name: min((len(widths.positions(i)) + 0.5) / len(i), 1.0) for name, i in ids.items()}
 

@@ -15,15 +15,8 @@ from alphaprune.identity import BASE, SCRATCH, Node, identified, narrow_or_branc
 from alphaprune.settings import MOST_STAGES, Settings, Stage, load_settings, parameter_files, project_root
 
 OF_ONE_EXPERIMENT = ("stages", "title", "folds", "publish")  # settings that hold for no other
-ALIKE = (
-    "network",
-    "width",
-    "keep_ratio",
-    "anneal",
-    "init",
-    "widths",
-    "round_to",
-)  # at a stage and what it starts from
+# At a stage and what it starts from.
+ALIKE = ("network", "width", "keep_ratio", "anneal", "init", "widths", "round_to")
 
 
 class Stages:
