@@ -144,8 +144,8 @@ def test_jupyterlab_wants_its_token_and_listens_on_this_machine_alone(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = shlex.split(line.replace("$(BIN)/", f"{ROOT}/.venv/bin/"))
-    command += ["--allow-root", "--no-browser", f"--port={port}", "--ServerApp.port_retries=0"]
+    command = shlex.split(line.replace("$(BIN)/", f"{ROOT}/.venv/bin/").replace("$(LAB)", "--allow-root"))
+    command += ["--no-browser", f"--port={port}", "--ServerApp.port_retries=0"]
     folders = {f"JUPYTER_{n}_DIR": str(tmp_path / n.lower()) for n in ("CONFIG", "DATA", "RUNTIME")}
     with open(tmp_path / "log", "w") as log:
         server = subprocess.Popen(command, cwd=ROOT, stderr=log, stdout=log, env=os.environ | folders)
