@@ -90,6 +90,7 @@ environment: $(READY)
 $(READY): requirements.lock pyproject.toml
 	@echo "Making $(VENV) from requirements.lock"
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "alphaprune: $(PYTHON) is too old; Python 3.11 or newer is needed (make PYTHON=python3.12)" >&2; exit 2; }
+	@[ ! -L $(VENV) ] || { echo "alphaprune: $(VENV) is a link, and what it leads to would be cleared; remove the link, or touch $@ if that environment is right" >&2; exit 2; }
 	@$(PYTHON) -m venv --clear $(VENV) || { echo "alphaprune: $(PYTHON) has no venv module; install it (Debian: python3-venv)" >&2; exit 2; }
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
 	@$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --require-hashes -r requirements.lock

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 import pandas as pd
-from verify import copy_project, reproduce
+from verify import copy_project, end_at_signals, reproduce
 
 from alphaprune.benchmark import as_line, as_table, measure
 from alphaprune.provenance import provenance
@@ -64,6 +64,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Measure how fast alphaprune is.")
     parser.add_argument("--check", action="store_true", help="ratios alone; fail where one falls short")
     args = parser.parse_args(arguments)
+    end_at_signals()
     table = measure(say=lambda line: print(line, flush=True))
     if args.check:
         found = verdict(table)

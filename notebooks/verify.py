@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -128,10 +129,23 @@ def reproduce(folder: Path, preset: str, **variables: str) -> Path:
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "PYTHON"))}
     environment |= {"PYTHONPATH": str(folder / "lib"), **variables}
     command = ["make", "--old-file=.venv/.ready", f"PRESET={preset}", "reproduce-figures"]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command)} failed: {' '.join(done.stderr.split())[-300:]}")
+    with subprocess.Popen(
+        command, cwd=folder, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    ) as run:
+        try:
+            _, errors = run.communicate()
+        except BaseException:  # whoever stops this stops what it has started
+            run.terminate()
+            raise
+    if run.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed: {' '.join(errors.split())[-300:]}")
     return folder / "results" / preset
+
+
+def end_at_signals() -> None:
+    """SIGTERM and Ctrl-C end the command by unwinding it, so that its temporary folder goes too."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: sys.exit(128 + number))
 
 
 def _with_threads(folder: Path, threads: int) -> Path:
@@ -142,6 +156,7 @@ def _with_threads(folder: Path, threads: int) -> Path:
 
 
 def main() -> int:
+    end_at_signals()
     with tempfile.TemporaryDirectory(prefix="alphaprune-verify-") as temporary:
         results = []
         for n, threads in enumerate((1, 1, 2), 1):

@@ -1,6 +1,8 @@
 """The notebooks beyond the report, by the Makefile at smoke."""
 
 import re
+import subprocess
+import sys
 
 from conftest import make
 
@@ -28,3 +30,12 @@ def test_own_network(whole_project):
         "weights.safetensors", "model.py", "model.onnx", "certificate.json", "record.json", "SHA256SUMS",
     }  # fmt: skip
     assert "it is the network's output" in (whole_project / "results/smoke/html/own_network.html").read_text()
+    made = (bundle / "weights.safetensors").stat().st_mtime_ns
+    # A folder of one's own leaves what make has made alone.
+    run = [sys.executable, "notebooks/execute.py", "notebooks/07_your_own_network.ipynb", "out.ipynb"]
+    own = ["-f", "params/own_network/smoke.yaml", "-p", "images", "results/smoke/own_images"]
+    subprocess.run(run + own, cwd=whole_project, check=True)
+    assert (whole_project / "results" / "own" / "bundle" / "weights.safetensors").is_file()
+    again = make(whole_project, "own-network")
+    assert again.returncode == 0 and "damaged" not in again.stdout + again.stderr
+    assert (bundle / "weights.safetensors").stat().st_mtime_ns == made

@@ -12,6 +12,7 @@ from test_fold import scramble
 from torch import nn
 
 from alphaprune import ParallelModel, UsageError, fold
+from alphaprune.initialise import TooFewImages
 
 CASES = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 parts = st.lists(st.sampled_from(sorted(PARTS)), min_size=1, max_size=4)
@@ -191,6 +192,14 @@ def test_what_is_refused_and_what_is_said():
         nn.Linear(6, 40), nn.ReLU(), nn.Linear(40, 30), nn.ReLU(), nn.Linear(30, 3)
     ).double()
     few = torch.randn(4, 6, dtype=torch.float64)
-    with pytest.warns(UserWarning, match="too few images for the least squares at 2, 4"):
+    with pytest.warns(
+        TooFewImages, match="too few images for the least squares at 2, 4: 4 were given"
+    ) as said:
         model = ParallelModel(dense, 0.5, few, init="least_squares", images=few)
     assert {found["ridge"] for found in model.least_squares.values()} == {1.0}
+    enough = torch.randn(max(said[0].message.needed.values()), 6, dtype=torch.float64)
+    assert len(enough) <= 4 * 40  # channels of the widest layer, some of them always 0
+    model = ParallelModel(dense, 0.5, few, init="least_squares", images=enough.repeat(2, 1))
+    assert {found["ridge"] for found in model.least_squares.values()} == {
+        1e-4
+    }  # twice as many, as more are alive

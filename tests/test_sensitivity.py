@@ -10,6 +10,7 @@ from test_any_network import PARTS, Random
 from torch import nn
 
 from alphaprune import ParallelModel, UsageError, plan
+from alphaprune.initialise import TooFewImages
 from alphaprune.models import resnet20, vgg16
 from alphaprune.sensitivity import allot, damages
 
@@ -91,7 +92,10 @@ def test_multiples_cost_no_more_and_layers_are_rounded_up_as_well_as_down():
 
 def test_tied_layers_are_one_group():
     network, x = resnet20(0.5).eval(), torch.randn(3, 3, 32, 32)
-    with pytest.warns(UserWarning, match="too few images"):
-        groups = [g.split(", ") for g in damages(network, x, ratios=(0.5,))]
+    lines: list[str] = []
+    with pytest.warns(TooFewImages, match="3 were given") as said:
+        groups = [g.split(", ") for g in damages(network, x, ratios=(0.5,), say=lines.append)]
+    assert len(said) == 1 and len(lines) == len(groups)
+    assert lines[0].startswith(f"[1/{len(groups)}] {', '.join(groups[0])}: damage ")
     assert ["conv", "blocks.0.conv2", "blocks.1.conv2", "blocks.2.conv2"] in groups
     assert sum(map(len, groups)) == 21  # 19 convolutions of 3 x 3 and two shortcuts; the classifier stays

@@ -1,8 +1,13 @@
 """What `make verify` says of two results folders."""
 
+import os
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from conftest import ROOT
@@ -87,3 +92,18 @@ def test_a_missing_file_is_a_difference(two, lacking):
 def test_nothing_at_all_is_not_the_same(two):
     empty = two[1]
     assert not verify.same(verify.compare(empty, empty))
+
+
+def test_stopped_it_leaves_neither_processes_nor_its_folder(tmp_path):
+    command = [sys.executable, str(ROOT / "notebooks" / "verify.py")]
+    environment = os.environ | {"TMPDIR": str(tmp_path)}
+    run = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+    assert run.stdout.readline().startswith("run 1 of 3")
+    while not (started := psutil.Process(run.pid).children(recursive=True)):
+        time.sleep(0.05)
+    time.sleep(1)  # make is under way
+    started = psutil.Process(run.pid).children(recursive=True) or started
+    run.send_signal(signal.SIGTERM)
+    assert run.wait(60) == 128 + signal.SIGTERM
+    _, alive = psutil.wait_procs(started, timeout=60)
+    assert not alive and not list(tmp_path.glob("alphaprune-verify-*"))

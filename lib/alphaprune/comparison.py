@@ -129,7 +129,8 @@ class _Method:
         runs = [(ratio, seed) for ratio in plan.keep_ratios for seed in plan.seeds]
         left = [(*run, why) for run in runs if (why := self.missing(lr, *run, finals=True))]
         if not left:
-            return f"all {len(runs)} runs are recorded, lr {lr:g}"
+            all_runs = f"all {len(runs)} runs are" if len(runs) > 1 else "its run is"
+            return f"{all_runs} recorded, lr {lr:g}"
         ratio, seed, why = left[0]
         return f"{len(left)} of {len(runs)} runs are to be trained, lr {lr:g}; at keep_ratio {ratio:g}, seed {seed}: {why}"
 

@@ -14,6 +14,7 @@ of Zhang et al., "Accelerating very deep convolutional networks for classificati
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
@@ -31,6 +32,24 @@ from alphaprune.widths import Widths
 LARGER_RIDGE = 1.0  # at least, where there are too few images
 ROUNDING = 1e-12  # of second moments: less variance than that is none
 PLACES = 4  # at least, for every channel
+
+
+class TooFewImages(UserWarning):
+    """Least squares had fewer images than some layers ask for.
+
+    Args:
+        needed: by layer name the images that would do.
+        given: the images that there were.
+        ridge: what is used there.
+    """
+
+    def __init__(self, needed: Mapping[str, int], given: int, ridge: float):
+        super().__init__(
+            f"too few images for the least squares at {', '.join(needed)}: {given:,} were given, {max(needed.values()):,} would do "
+            f"({PLACES} places for each of a layer's channels; an image is one place for a linear layer); "
+            f"there the ridge is {ridge:g}, and the fit stays near plain selection"
+        )
+        self.needed, self.given, self.ridge = dict(needed), given, ridge
 
 
 class Lockstep(Protocol):
@@ -87,7 +106,10 @@ def fit_branches(model: Lockstep, batches: Sequence[Inputs], ridge: float = RIDG
 
     Returns:
         By layer name: `unread`, the share of the second moments of what the layer reads that E does not reach; `lost`, the
-        share of those of its channels that stay that R does not reach; and the `ridge` used.
+        share of those of its channels that stay that R does not reach; `places`, how many there were for each channel; and the `ridge` used.
+
+    Warns:
+        TooFewImages: where there are fewer than `PLACES` places a channel.
     """
     own, trace = model.structure, model.structure.trace
     original: list[dict[str, Any]] = [{} for _ in batches]
@@ -114,12 +136,11 @@ def fit_branches(model: Lockstep, batches: Sequence[Inputs], ridge: float = RIDG
             for read in [r for r in node.all_input_nodes if last[r] is node]:
                 for values in (*original, *narrow):
                     del values[read.name]
-    if few := [name for name, found in report.items() if found["ridge"] > ridge]:
-        warnings.warn(
-            f"too few images for the least squares at {', '.join(few)}: {PLACES} places are needed for each of a layer's channels, and "
-            f"an image is one place for a linear layer; there the ridge is {max(ridge, LARGER_RIDGE):g}, and the fit stays near plain selection",
-            stacklevel=4,
-        )
+    given = sum(len(inputs[0]) for inputs in batches)
+    scarce = {name: found["places"] for name, found in report.items() if found["places"] < PLACES}
+    if scarce and ridge < LARGER_RIDGE:
+        needed = {name: math.ceil(given * PLACES / places) for name, places in scarce.items()}
+        warnings.warn(TooFewImages(needed, given, max(ridge, LARGER_RIDGE)), stacklevel=4)
     return report
 
 
@@ -142,7 +163,7 @@ def _mix(
         pairs = [
             (rows(o[source], m, c), rows(n[source], m, k)) for o, n in zip(original, narrow, strict=True)
         ]
-        found["unread"], found["ridge"] = _regress(expand.weight, pairs, m.groups, ridge)
+        found["unread"], found["ridge"], found["places"] = _regress(expand.weight, pairs, m.groups, ridge)
     whole = compose(weight, None, expand, m.groups, m.transposed)
     for o, n in zip(original, narrow, strict=True):
         o[node.name] = model.call_mixer(node, o[source], weight, bias)
@@ -154,8 +175,9 @@ def _mix(
             for o, n in zip(original, narrow, strict=True)
         ]
         pairs = [(z[..., kept].flatten(0, -2), z_n.flatten(0, -2)) for z, z_n in along]
-        found["lost"], used = _regress(reduce.weight, pairs, m.groups, ridge, centred=True)
+        found["lost"], used, places_a_channel = _regress(reduce.weight, pairs, m.groups, ridge, centred=True)
         found["ridge"] = max(found["ridge"], used)
+        found["places"] = min(found["places"], places_a_channel)
     if reduce is not None:
         for n in narrow:
             n[node.name] = reduce(n[node.name])
@@ -164,7 +186,7 @@ def _mix(
 
 def _regress(
     weight: Tensor, pairs: list[tuple[Tensor, Tensor]], groups: int, ridge: float, centred: bool = False
-) -> tuple[float, float]:
+) -> tuple[float, float, float]:
     """Replace a map M_0 by M = M_0 + (B - M_0 A) (A + ridge)^-1 with A = X^T X, B = Y^T X, a group at a time.
 
     Args:
@@ -175,7 +197,8 @@ def _regress(
             R does better without (quarter-width VGG-16, 2,000 images, alpha 0: 49 % against 44 %).
 
     Returns:
-        The share of Y's second moments that M X does not reach, and the ridge used, a larger one where places are too few.
+        The share of Y's second moments that M X does not reach, the ridge used, a larger one where places are too few, and the
+        places for each channel of X that is not always 0, infinite where all are.
     """
     outputs, inputs = len(weight), weight.shape[1] * groups
     a, b = (torch.zeros(n, inputs, dtype=torch.float64, device=weight.device) for n in (inputs, outputs))
@@ -190,14 +213,15 @@ def _regress(
         a -= places * torch.outer(mean_x, mean_x)
         b -= places * torch.outer(mean_y, mean_x)
         total -= places * mean_y.square().sum().item()
-    left = total
+    left, fewest = total, math.inf
     for g in range(groups):
         of_y, of_x = (slice(g * n // groups, (g + 1) * n // groups) for n in (outputs, inputs))
         start, own, cross = weight[of_y].double(), a[of_x, of_x], b[of_y, of_x]
         # A channel that is always 0 does no harm; others must be independent, which takes places enough.
         alive = own.diagonal() > 0
-        if places < PLACES * int(alive.sum()):
+        if places < PLACES * (living := int(alive.sum())):
             ridge = max(ridge, LARGER_RIDGE)
+        fewest = min(fewest, places / living if living else math.inf)
         scale = own.diagonal().mean()
         if scale <= ROUNDING * uncentred[of_x].mean():  # nothing varies, and any map will do
             continue
@@ -205,4 +229,4 @@ def _regress(
         fitted = start + torch.linalg.solve(damped, (cross - start @ own).T).T
         weight[of_y] = fitted.to(weight)
         left += ((fitted @ own) * fitted).sum().item() - 2 * (fitted * cross).sum().item()
-    return (max(left, 0.0) / total if total else 0.0), ridge
+    return (max(left, 0.0) / total if total else 0.0), ridge, fewest

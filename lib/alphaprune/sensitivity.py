@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_flatten
 
 from alphaprune.errors import UsageError
 from alphaprune.graph import Mixer, Structure
+from alphaprune.initialise import TooFewImages
 from alphaprune.modes import in_eval_mode
 from alphaprune.parallel import ParallelModel
 from alphaprune.trace import as_inputs
@@ -46,6 +47,7 @@ def damages(
     images: Tensor | tuple[Tensor, ...],
     exclude: Sequence[str] = (),
     ratios: Sequence[float] = RATIOS,
+    say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, dict[float, float]]:
     """What narrowing one group of tied layers alone does to a network's answers.
 
@@ -54,25 +56,35 @@ def damages(
         images: inputs as in training, a thousand or two small ones; the same are fitted to and measured on.
         exclude: see `ParallelModel`.
         ratios: the ratios to measure, in (0, 1).
+        say: takes a line of progress a group; it takes minutes.
 
     Returns:
         By group, named by its layers joined with ", ", the damage in nats at each ratio.
     """
     with warnings.catch_warnings(record=True) as said:  # the same of each of some fifty models
-        found = _damages(network, images, exclude, ratios)
-    for message in dict.fromkeys(str(w.message) for w in said):
+        found = _damages(network, images, exclude, ratios, say)
+    scarce = [w.message for w in said if isinstance(w.message, TooFewImages)]
+    for message in dict.fromkeys(str(w.message) for w in said if w.message not in scarce):
         warnings.warn(message, stacklevel=2)
+    if scarce:
+        needed = {name: n for warning in scarce for name, n in warning.needed.items()}
+        warnings.warn(TooFewImages(needed, scarce[0].given, scarce[0].ridge), stacklevel=2)
     return found
 
 
 def _damages(
-    network: nn.Module, images: Tensor | tuple[Tensor, ...], exclude: Sequence[str], ratios: Sequence[float]
+    network: nn.Module,
+    images: Tensor | tuple[Tensor, ...],
+    exclude: Sequence[str],
+    ratios: Sequence[float],
+    say: Callable[[str], None],
 ) -> dict[str, dict[float, float]]:
     example = tuple(x[:1] for x in as_inputs(images))
     structure = ParallelModel(network, 1.0, example, exclude=exclude).structure
     expected = _answers(network, images)
     found: dict[str, dict[float, float]] = {}
-    for group in _groups(structure, min(ratios)):
+    groups = _groups(structure, min(ratios))
+    for n, group in enumerate(groups, 1):
         found[", ".join(group)] = damage = {}
         for ratio in ratios:
             share = {name: max(ratio, 1 / _channels(structure, name)) for name in group}
@@ -82,6 +94,8 @@ def _damages(
             model.alpha = 0.0
             answers = _answers(model, images)
             damage[ratio] = F.kl_div(answers, expected, reduction="batchmean", log_target=True).item()
+        measured = ", ".join(f"{d:.3g} at {ratio:g}" for ratio, d in damage.items())
+        say(f"[{n}/{len(groups)}] {', '.join(group)}: damage {measured}")
     return found
 
 
