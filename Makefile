@@ -40,7 +40,7 @@ ifeq ($(filter $(PRESET),$(PRESETS)),)
 $(error preset '$(PRESET)' is unknown; there are: $(PRESETS))
 endif
 
-.PHONY: verify audit benchmark benchmark-check skips own-network coverage cliff controls unfinished time-and-memory how-cost-grows why test-faults FORCE
+.PHONY: best verify audit benchmark benchmark-check skips own-network coverage cliff controls unfinished time-and-memory how-cost-grows why test-faults FORCE
 .PHONY: reproduce-figures figures html pretrain experiments data lab test environment lock clean help $(EXPERIMENTS) pruned
 
 # Before make decides what is old: what is not as it was written counts as old too, and is named.
@@ -67,6 +67,7 @@ help:
 	@echo "make own-network         a ResNet-18 on a folder of images, from load to bundle"
 	@echo "make cliff               why accuracy falls at alpha 0, and ways around it, with the same images"
 	@echo "make controls            against Torch-Pruning, training from scratch and the report's recipe"
+	@echo "make best                the recipe that does best, with three seeds, folded and saved"
 	@echo "make unfinished          what frees the models that Figures 1 to 3 left unfinished"
 	@echo "make time-and-memory     original and pruned networks: latency, throughput, memory, what to deploy with"
 	@echo "make how-cost-grows      a training step against width, keep_ratio, depth and image size"
@@ -143,7 +144,9 @@ $(R)/notebooks/pruned.ipynb: $(H)/notebooks/03_fold_and_verify.ipynb $(H)/params
 
 why: | $(READY)
 	@$(BIN)/python -m alphaprune.experiment --why $(foreach e,pretrain $(EXPERIMENTS) pretrain_resnet20 resnet20_narrow resnet20_plain unfinished,params/$(PRESET)/$(e).yaml)
-	@for c in cliff controls; do $(BIN)/python -m alphaprune.comparison $$c $(PRESET) --why || exit; done
+	@$(BIN)/python -m alphaprune.comparison cliff $(PRESET) --why
+	@$(BIN)/python -m alphaprune.comparison controls $(PRESET) --why
+	@$(BIN)/python -m alphaprune.comparison controls $(PRESET) --budgets --why
 
 # ---- beyond the report: notebooks of their own
 
@@ -173,6 +176,14 @@ $(R)/notebooks/cliff.ipynb: $(H)/notebooks/08_the_cliff.ipynb $(H)/params/cliff.
 controls: $(R)/html/controls.html
 	@echo "Page:      $<"
 $(R)/notebooks/controls.ipynb: $(H)/notebooks/09_controls.ipynb $(H)/params/controls.yaml $(H)/params/published.yaml $(H)/params/$(PRESET)/controls.yaml $(H)/params/$(PRESET)/preset.yaml $(LIBRARY) $(R)/notebooks/pretrain.ipynb
+	@$(RUN) $(<:$(H)/%=%) $@ -p preset $(PRESET) -p jobs $(JOBS)
+	@touch $(R)/.changed
+
+best: $(R)/html/best.html
+	@echo "Page:      $<"
+	@echo "Network:   $(R)/best/"
+$(R)/notebooks/best.ipynb: $(H)/notebooks/13_best_recipe.ipynb $(H)/params/controls.yaml $(H)/params/$(PRESET)/controls.yaml $(H)/params/$(PRESET)/preset.yaml $(LIBRARY) $(R)/notebooks/pretrain.ipynb \
+    | $(if $(filter controls,$(MAKECMDGOALS)),$(R)/notebooks/controls.ipynb)
 	@$(RUN) $(<:$(H)/%=%) $@ -p preset $(PRESET) -p jobs $(JOBS)
 	@touch $(R)/.changed
 

@@ -102,6 +102,13 @@ def test_why_names_what_would_be_trained_and_what_changed(prepared, capsys, monk
         == f"2 of 3 runs are to be trained, lr {best}; at keep_ratio 0.5, seed 1: stage-0 not recorded yet"
     )
     assert said["scratch"] == "lr 0.02 is to be tried: stage-0 not recorded yet"
+    main(["controls", "smoke", "--why", "--method", one, "--seed", "0"])
+    assert capsys.readouterr().out == f"controls, {one}: its run is recorded, lr {best}\n"
+    main(["controls", "smoke", "--why", "--method", one, "--budgets"])
+    assert re.fullmatch(
+        f"controls --budgets, {one}: 4 of 5 runs are to be trained, lr {best}; at keep_ratio 0.5, seed 0, .* times the budget: .*\n",
+        capsys.readouterr().out,
+    )
     file = prepared / "params" / "smoke" / "controls.yaml"
     file.write_text(yaml.safe_dump(yaml.safe_load(file.read_text()) | {"weight_decay": 0.01}))
     changed = r"\(recipe.weight_decay [\d.]+ -> 0.01\)"
@@ -148,14 +155,29 @@ def test_a_table_has_one_row_a_run_also_where_the_budget_has_changed(prepared):
     assert written["images"].tolist() == [2 * 128]
 
 
-def test_a_budget_below_an_epoch_a_stage_is_no_row_of_its_own(prepared):
+def test_a_budget_below_an_epoch_a_stage_is_an_epoch_of_fewer_images(prepared):
     file = prepared / "params" / "controls.yaml"
-    file.write_text(yaml.safe_dump(yaml.safe_load(file.read_text()) | {"budgets": [0.2, 0.5]}))
+    file.write_text(yaml.safe_dump(yaml.safe_load(file.read_text()) | {"budgets": [0.1, 0.2, 0.5]}))
     quick = {"methods": ["report's recipe"], "seeds": [0], "say": lambda line: None}
     table = compare("controls", "smoke", prepared, budgets=True, **quick)
-    assert table["images"].tolist() == [6 * 128]  # six stages of an epoch, at every budget
+    # Six stages of an epoch, of a batch of 32 images, which is the least, of half of the 128, and of all.
+    assert table["images"].tolist() == [6 * 32, 6 * 64, 6 * 128]
     command = provenance("controls", "smoke", table, budgets=True, root=prepared)["command"]
     assert command == ["python -m alphaprune.comparison controls smoke --budgets"]
+
+
+def test_a_loss_that_is_not_finite_is_said_and_the_ridge_is_recorded(prepared, capfd):
+    file = prepared / "params" / "controls.yaml"
+    file.write_text(
+        yaml.safe_dump(yaml.safe_load(file.read_text()) | {"lrs": [1e12], "first_lr": 1e12, "budgets": []})
+    )
+    one = "alphaprune, folded at once, distilled"
+    compare("controls", "smoke", prepared, [one], seeds=[0], say=lambda line: None)
+    told = f"{one}, keep_ratio 0.5, lr 1e\\+12: stage stage-0 ended at step \\d+, where the loss was no longer finite"
+    assert re.search(told, capfd.readouterr().out)
+    of = experiment("controls", "smoke", one, 1e12, 0.5, 0, root=prepared)
+    fitted = of.record(of.stages[-1].name)["least_squares"]
+    assert all(found["ridge"] >= 0.1 and 0 <= found["unread"] <= 1 for found in fitted.values()) and fitted
 
 
 def test_a_process_that_is_killed_is_no_traceback(prepared):
@@ -240,6 +262,14 @@ def test_longer_budgets_train_on_more_images_and_rows_of_earlier_calls_stay(prep
 def test_the_methods_of_the_project_can_all_be_begun(project):
     names = [m.split(",")[0].split()[0] for m in load_comparison("controls", ROOT).methods]
     assert set(names) == {"alphaprune", "torch-pruning", "scratch", "report's"}
+
+
+def test_a_keep_ratio_of_many_digits_is_one_row_however_often_it_is_asked_for(prepared):
+    only = {"methods": ["scratch"], "seeds": [0], "keep_ratios": [43 / 128], "say": lambda line: None}
+    for _ in range(2):
+        compare("controls", "smoke", prepared, **only)
+    written = pd.read_csv(prepared / "results" / "smoke" / "controls.csv")
+    assert written["keep_ratio"].tolist() == [43 / 128]
 
 
 def test_what_is_wrong_is_one_line(prepared, monkeypatch, capsys):

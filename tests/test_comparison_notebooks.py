@@ -1,11 +1,16 @@
 """The notebooks that compare methods, by the Makefile at smoke, with fewer methods, rates and seeds."""
 
+import json
+
 import pandas as pd
 import pytest
 import yaml
 from conftest import make
+from safetensors.torch import load_file
 
 from alphaprune.provenance import read
+
+STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 @pytest.fixture(scope="module")
@@ -19,6 +24,7 @@ def trimmed(whole_project):
             "alphaprune, folded at once, distilled",
         ),
         "controls": (
+            "alphaprune, annealed, widths by sensitivity, distilled",
             "alphaprune, folded at once, widths by sensitivity, distilled",
             "torch-pruning L1, distilled",
             "scratch, distilled",
@@ -53,10 +59,9 @@ def test_controls(trimmed):
     for figure in ("controls", "pareto", "budgets"):
         assert (results / "figures" / f"{figure}.png").is_file()
     table = pd.read_csv(results / "controls.csv")
-    assert len(table) == 4 * 2 * 2 and table["images"].nunique() == 1
+    assert len(table) == 5 * 2 * 2 and table["images"].nunique() == 1
     longer = pd.read_csv(results / "controls_budgets.csv")
-    # The report's recipe has six stages of an epoch at least: half of its six epochs are six again.
-    assert len(longer) == 3 * 2 + 1 and longer["images"].nunique() == 2
+    assert len(longer) == 5 * 2 and longer["images"].nunique() == 2
     for figure, budgets, rows in (("controls", "", table), ("budgets", " --budgets", longer)):
         found = read(results / "figures" / f"{figure}.svg")
         assert found["command"] == [f"python -m alphaprune.comparison controls smoke{budgets}"]
@@ -65,6 +70,21 @@ def test_controls(trimmed):
         assert len(records) > len(rows) and all((trimmed / r["path"]).is_file() for r in records)
     page = (results / "html" / "controls.html").read_text()
     assert "ours_ahead" in page and "DECORE-50" in page
+
+
+def test_the_best_recipe(trimmed):
+    done = make(trimmed, "best")
+    assert done.returncode == 0, done.stderr[-2000:]
+    results = trimmed / "results" / "smoke"
+    assert all((results / "figures" / f"{figure}.png").is_file() for figure in ("best", "best_course"))
+    bundle = {f.name for f in (results / "best").iterdir()}
+    assert {"weights.safetensors", "model.py", "certificate.json", "record.json"} <= bundle
+    record = json.loads((results / "best" / "record.json").read_text())
+    table = pd.read_csv(results / "controls.csv").set_index(["method", "keep_ratio", "seed"])
+    row = table.loc[(record["method"], 0.34375, record["seed"])]
+    assert row["test_accuracy"] == record["test_accuracy"]
+    network = load_file(results / "best" / "weights.safetensors")
+    assert sum(t.numel() for name, t in network.items() if not name.endswith(STATISTICS)) == row["params"]
 
 
 def test_unfinished_models(trimmed):

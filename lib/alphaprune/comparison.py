@@ -4,8 +4,8 @@
 
 The methods are data: `params/<name>.yaml` holds stages and settings, `params/<preset>/<name>.yaml` what all of them share. Each method
 gets its learning rate from the same search on the validation images, with the first seed and keep_ratio; all others run with that rate. The
-epochs of the preset are divided evenly among a method's stages, an epoch each at least, so that all see the same number of images as nearly as
-whole epochs allow. What has run is recorded, stage by
+epochs of the preset are divided evenly among a method's stages, so that all see the same number of images as nearly as
+whole epochs allow, or an epoch of fewer images a stage. What has run is recorded, stage by
 stage, and not run again.
 """
 
@@ -41,10 +41,10 @@ from alphaprune.methods import (
     KeepRatio,
     Seed,
     check,
-    epochs_a_stage,
     experiment,
     final,
     load_comparison,
+    of_budget,
     settings_of,
 )
 from alphaprune.provenance import merged
@@ -71,12 +71,12 @@ class _Method:
         return experiment(self.name, self.preset, self.method, lr, keep_ratio, seed, budget, self.root)
 
     def further(self, budgets: Sequence[float]) -> list[float]:
-        """Those budgets that differ in epochs from smaller ones and from the preset's own: small ones of many stages are all an epoch a stage."""
+        """Those budgets that differ from smaller ones and from the preset's own: small ones of many stages may all be an epoch a stage."""
         plan = load_comparison(self.name, self.root)
         settings = self._settings(plan.first_lr, plan.keep_ratios[0], plan.seeds[0])
-        found = {epochs_a_stage(settings, 1.0): 1.0}
+        found = {tuple(of_budget(settings, 1.0).values()): 1.0}
         for budget in sorted(budgets):
-            found.setdefault(epochs_a_stage(settings, budget), budget)
+            found.setdefault(tuple(of_budget(settings, budget).values()), budget)
         return list(found.values())[1:]
 
     def train(
@@ -88,9 +88,18 @@ class _Method:
         of.run(lambda line: None)
         if finals and final(of) is None:
             of.run(lambda line: None, weights=True)
+        for name, outcome in ((n.stage.name, of.record(n.name)["outcome"]) for n in of.stages):
+            if outcome["diverged"]:
+                where = f"{self.method}, keep_ratio {keep_ratio:g}, lr {lr:g}: stage {name}"
+                print(
+                    f"{where} ended at step {outcome['steps']}, where the loss was no longer finite; its last good weights count",
+                    flush=True,
+                )
         return of
 
-    def missing(self, lr: float, keep_ratio: float, seed: int, finals: bool = False) -> str | None:
+    def missing(
+        self, lr: float, keep_ratio: float, seed: int, budget: float = 1.0, finals: bool = False
+    ) -> str | None:
         """Why something would be trained, None if nothing would; `finals` as of `train`."""
         from alphaprune.layer_widths import recorded
 
@@ -102,7 +111,7 @@ class _Method:
         if settings.widths != "uniform" and recorded(settings, self.root) is None:
             return "the widths are not measured yet"
         try:
-            of = self.of(lr, keep_ratio, seed)
+            of = self.of(lr, keep_ratio, seed, budget)
         except UsageError as e:  # such as widths that cannot be
             return str(e)
         whys = ((n.stage.name, of.why(n, same=("stage", "seed")) or of.weights_damage(n)) for n in of.stages)
@@ -113,7 +122,9 @@ class _Method:
             return f"the weights of {last.stage.name} are missing, and its test accuracy was not read"
         return None
 
-    def reason(self, plan: Comparison) -> str:
+    def reason(
+        self, plan: Comparison, ratios: Sequence[float], seeds: Sequence[int], budgets: Sequence[float]
+    ) -> str:
         """What would be trained and why, as far as the search of the learning rate can be foreseen."""
         first = plan.keep_ratios[0], plan.seeds[0]
 
@@ -126,13 +137,14 @@ class _Method:
             lr = climb(sorted(plan.lrs), plan.first_lr, reached)
         except LookupError as e:
             return str(e)
-        runs = [(ratio, seed) for ratio in plan.keep_ratios for seed in plan.seeds]
+        runs = [(ratio, seed, budget) for ratio in ratios for seed in seeds for budget in budgets]
         left = [(*run, why) for run in runs if (why := self.missing(lr, *run, finals=True))]
         if not left:
             all_runs = f"all {len(runs)} runs are" if len(runs) > 1 else "its run is"
             return f"{all_runs} recorded, lr {lr:g}"
-        ratio, seed, why = left[0]
-        return f"{len(left)} of {len(runs)} runs are to be trained, lr {lr:g}; at keep_ratio {ratio:g}, seed {seed}: {why}"
+        ratio, seed, budget, why = left[0]
+        of = f", {budget:g} times the budget" if budget != 1 else ""
+        return f"{len(left)} of {len(runs)} runs are to be trained, lr {lr:g}; at keep_ratio {ratio:g}, seed {seed}{of}: {why}"
 
     def _settings(self, lr: float, keep_ratio: float, seed: int) -> Settings:
         shared = settings_of(self.name, self.root, self.method, lr, keep_ratio, seed)
@@ -182,16 +194,8 @@ def compare(
         Annotated[int, Field(ge=1, le=256)],
         "give the number of methods that run at once, such as 2",
     )
-    for ratio in keep_ratios:
-        check("keep_ratio", ratio, KeepRatio, "give a share in (0, 1], such as 0.5")
-    for seed in seeds:
-        check("seed", seed, Seed, "give a whole number from 0")
     chosen = _chosen(name, preset, root, methods)
-    seeds, ratios = (
-        tuple(dict.fromkeys(asked)) for asked in (seeds or plan.seeds, keep_ratios or plan.keep_ratios)
-    )
-    if budgets:
-        seeds, ratios = seeds[:1], ratios[:1]
+    ratios, seeds = _runs(plan, keep_ratios, seeds, budgets)
     target = root / "results" / preset / (f"{name}_budgets.csv" if budgets else f"{name}.csv")
     for method in chosen:  # before the first of them trains
         method.check(plan.first_lr, ratios[0], seeds[0])
@@ -227,16 +231,41 @@ def compare(
             table = pd.DataFrame([r for p in sorted(rows) for r in rows[p]], columns=COLUMNS)
             # Larger budgets of an earlier call stay until they have been looked up again.
             like = LIKE if not budgets or n == len(running) else [*LIKE, "images"]
-            whole = _merged(_earlier(target), table, plan, like)
-            write_bytes(target, whole.to_csv(index=False, float_format="%.6g").encode())
+            write_bytes(target, _as_csv(_merged(_earlier(target), table, plan, like)))
     return table
 
 
-def reasons(name: str, preset: str, root: Path | None = None, methods: Sequence[str] = ()) -> list[str]:
+def reasons(
+    name: str,
+    preset: str,
+    root: Path | None = None,
+    methods: Sequence[str] = (),
+    keep_ratios: Sequence[float] = (),
+    seeds: Sequence[int] = (),
+    budgets: bool = False,
+) -> list[str]:
     """What `compare` would train, and why: a line a method; arguments as of `compare`."""
     root = root or project_root()
     plan = load_comparison(name, root)
-    return [f"{name}, {m.method}: {m.reason(plan)}" for m in _chosen(name, preset, root, methods)]
+    ratios, seeds = _runs(plan, keep_ratios, seeds, budgets)
+    lines, what = [], f"{name} --budgets" if budgets else name
+    for method in _chosen(name, preset, root, methods):
+        sizes = [1.0, *method.further(plan.budgets)] if budgets else [1.0]
+        lines.append(f"{what}, {method.method}: {method.reason(plan, ratios, seeds, sizes)}")
+    return lines
+
+
+def _runs(
+    plan: Comparison, keep_ratios: Sequence[float], seeds: Sequence[int], budgets: bool
+) -> tuple[tuple[float, ...], tuple[int, ...]]:
+    """The keep_ratios and seeds that are meant, each checked and named once; for budgets the first of each."""
+    for ratio in keep_ratios:
+        check("keep_ratio", ratio, KeepRatio, "give a share in (0, 1], such as 0.5")
+    for seed in seeds:
+        check("seed", seed, Seed, "give a whole number from 0")
+    ratios = tuple(dict.fromkeys(keep_ratios or plan.keep_ratios))
+    seeds = tuple(dict.fromkeys(seeds or plan.seeds))
+    return (ratios[:1], seeds[:1]) if budgets else (ratios, seeds)
 
 
 def _chosen(name: str, preset: str, root: Path, methods: Sequence[str]) -> list[_Method]:
@@ -249,11 +278,12 @@ def _chosen(name: str, preset: str, root: Path, methods: Sequence[str]) -> list[
 @contextmanager
 def _workers(jobs: int) -> Iterator[ProcessPoolExecutor]:
     """Processes to run in. Where this one is stopped, they are told to save and stop too, and nothing new begins."""
+    others = set(multiprocessing.active_children())  # such as a notebook's own
     pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), leave_to_parent)
     try:
         yield pool
     except BaseException as e:
-        for worker in multiprocessing.active_children():
+        for worker in set(multiprocessing.active_children()) - others:
             worker.terminate()
         pool.shutdown(cancel_futures=True)
         if isinstance(e, BrokenProcessPool):  # such as by the kernel, for want of memory
@@ -299,6 +329,12 @@ def _merged(
     place = {m: i for i, m in enumerate(plan.methods)}
     order = both.assign(m=both["method"].map(place)).sort_values(["keep_ratio", "m", "images", "seed"])
     return order.drop(columns="m").reset_index(drop=True)
+
+
+def _as_csv(table: pd.DataFrame) -> bytes:
+    """What is measured with six digits; what rows are found by with all of its digits."""
+    exact = {c: table[c].map(lambda x: repr(float(x))) for c in ("keep_ratio", "lr")}
+    return table.assign(**exact).to_csv(index=False, float_format="%.6g").encode()
 
 
 def summary(table: pd.DataFrame) -> pd.DataFrame:
@@ -471,7 +507,8 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         with ending_with_a_line():
             if args.why:
-                print(*reasons(args.name, args.preset, methods=args.method), sep="\n")
+                asked = (args.method, args.keep_ratio, args.seed, args.budgets)
+                print(*reasons(args.name, args.preset, None, *asked), sep="\n")
                 return
             table = compare(
                 args.name,

@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from alphaprune import data
+from alphaprune.errors import UsageError
 from alphaprune.experiment import Experiment
-from alphaprune.fold import fold
+from alphaprune.fold import Certificate, fold
 from alphaprune.measure import multiply_adds, parameters
 from alphaprune.methods import final, final_file
 from alphaprune.parallel import ParallelModel
@@ -45,6 +46,26 @@ def of_trained(of: Experiment) -> dict[str, Any]:
         "val_accuracy": 100 * of.record(last.name)["metrics"]["val_accuracy"],
         **measured,
     }
+
+
+def folded(of: Experiment, images: Tensor) -> tuple[nn.Module, Certificate]:
+    """The plain narrow network that a method with branches ends in, trained anew where its weights are not there.
+
+    Args:
+        of: the method's experiment.
+        images: (N, C, H, W), for the certificate.
+
+    Returns:
+        As of `fold`.
+
+    Raises:
+        UsageError: if the method's last stage has no branches, and so nothing to fold.
+    """
+    last = of.stages[-1]
+    if last.stage.alpha is None:
+        raise UsageError(f"{last.name} trains a plain network; give a method that ends with an alpha")
+    of.run(print, weights=True)
+    return fold(of.model(last.name), images)
 
 
 def of_original(of: Experiment) -> dict[str, float]:

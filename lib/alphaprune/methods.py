@@ -104,12 +104,18 @@ def experiment(
     root = root or project_root()
     shared = settings_of(name, root, method, lr, keep_ratio, seed)
     settings = load_settings(preset, name, root, **shared)
-    return Experiment(preset, name, root, max_epochs=epochs_a_stage(settings, budget), **shared)
+    return Experiment(preset, name, root, **(shared | of_budget(settings, budget)))
 
 
-def epochs_a_stage(settings: Settings, budget: float) -> int:
-    """What a budget, in multiples of the preset's epochs, comes to for each of a method's stages, 1 at least."""
-    return max(round(budget * settings.max_epochs / len(settings.stages)), 1)
+def of_budget(settings: Settings, budget: float) -> dict[str, int]:
+    """What a budget, in multiples of the preset's epochs, comes to for each of a method's stages, as settings.
+
+    Whole epochs, one at least; where that is less than one, an epoch of fewer images, if the preset says how many it has.
+    """
+    epochs = budget * settings.max_epochs / len(settings.stages)
+    if epochs >= 1 or settings.train_images is None:
+        return {"max_epochs": max(round(epochs), 1)}
+    return {"max_epochs": 1, "train_images": max(round(epochs * settings.train_images), settings.batch_size)}
 
 
 def final_file(of: Experiment) -> Path:

@@ -45,7 +45,7 @@ class Progress:
         self.done += 1
         fold_now = f", if folded now {metrics['fold_now']:.1%}" if "fold_now" in metrics else ""
         diverged = (
-            f"; the loss was no longer finite at step {outcome.steps}, the last good weights are kept"
+            f"; the loss was found no longer finite at step {outcome.steps}, the last good weights are kept"
             if outcome.diverged
             else ""
         )

@@ -32,10 +32,14 @@ class StageNetworks:
 
     Args:
         of: the experiment; weights are read where it says.
+
+    Attributes:
+        least_squares: of the branches that were fitted last, as of `ParallelModel`; None where none were.
     """
 
     def __init__(self, of: Stages):
         self.of = of
+        self.least_squares: dict[str, Any] | None = None
 
     def begun(self, node: Node) -> nn.Module:
         """The model a stage trains, with the weights it starts from."""
@@ -144,7 +148,9 @@ class StageNetworks:
             if init == "least_squares":
                 options["ridge"] = s.init_ridge
         # Behind the seed: finding the ratios draws random numbers too, and results recorded so far depend on it.
-        return ParallelModel(network, ratios(s, self.of.root), example_image(), **options)
+        model = ParallelModel(network, ratios(s, self.of.root), example_image(), **options)
+        self.least_squares = model.least_squares
+        return model
 
 
 def set_alpha(model: ParallelModel | SkipModel, stage: Stage, alpha: float) -> None:

@@ -94,9 +94,19 @@ def train_stage(of: Stages, node: Node, data: images.Dataset, progress: Progress
     write_bytes(folder / "history.csv", history)
     digests = {"weights_sha256": digest, "history_sha256": hashlib.sha256(history).hexdigest()}
     # Last, since it makes the stage recorded.
-    write_record(folder / "run.json", _record(of, node, outcome, metrics, start_seconds) | digests)
+    fit_of = {"least_squares": _fitted(networks.least_squares)} if networks.least_squares else {}
+    record = _record(of, node, outcome, metrics, start_seconds) | fit_of | digests
+    write_record(folder / "run.json", record)
     remove_leftovers(folder)
     progress.end(outcome, metrics)
+
+
+def _fitted(least_squares: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+    """What least squares did not reach, and the ridge, a larger one where images were too few; by layer."""
+    return {
+        layer: {k: float(f"{found[k]:.4g}") for k in ("unread", "lost", "ridge") if k in found}
+        for layer, found in least_squares.items()
+    }
 
 
 def _record(
