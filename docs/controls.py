@@ -1,4 +1,4 @@
-"""Write the tables of README.md and docs/controls.md, and docs/budgets.png, anew from the records of controls and cliff.   python docs/controls.py"""
+"""Write the tables of README.md and docs/controls.md, docs/budgets.png and docs/pareto.png anew from the records.   python docs/controls.py"""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import re
 from pathlib import Path
 
 import pandas as pd
+import yaml
 
 from alphaprune.blend import falls
 from alphaprune.comparison import curves, original, summary
-from alphaprune.method_plots import budget_curves
+from alphaprune.method_plots import budget_curves, pareto
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results" / "quick"
@@ -140,9 +141,19 @@ def main() -> None:
     for page in (ROOT / "README.md", ROOT / "docs" / "controls.md"):
         page.write_text(written(page.read_text(), tables))
         print(page.relative_to(ROOT))
+    whole = original("controls", "quick", ROOT)
     budgets = pd.read_csv(RESULTS / "controls_budgets.csv")
-    whole = original("controls", "quick", ROOT)["val_accuracy"]
-    budget_curves(budgets, whole, "What a budget buys").savefig(ROOT / "docs" / "budgets.png", dpi=100)
+    published = pd.DataFrame(yaml.safe_load((ROOT / "params" / "published.yaml").read_text()))
+    rows = summary(pd.read_csv(RESULTS / "controls.csv"))
+    figures = {
+        "budgets": budget_curves(budgets, whole["val_accuracy"], "What a budget buys"),
+        "pareto": pareto(
+            rows, (whole["macs"], whole["test_accuracy"]), published, "Accuracy against multiply-adds"
+        ),
+    }
+    for name, figure in figures.items():
+        figure.savefig(ROOT / "docs" / f"{name}.png", dpi=100)
+        print(f"docs/{name}.png")
 
 
 if __name__ == "__main__":
