@@ -17,7 +17,7 @@ from alphaprune.data import Split, batches
 from alphaprune.deployment import deployment
 from alphaprune.fold import fold
 from alphaprune.models import vgg16
-from alphaprune.narrowing import torch_pruning
+from alphaprune.narrowing import folded_at_once, torch_pruning
 from alphaprune.parallel import ParallelModel
 from alphaprune.passes import training_step
 from alphaprune.timing import alternate, torch_threads
@@ -95,7 +95,7 @@ def training_steps(width: float, batch: int, threads: int, seconds: float) -> li
             if alpha < 1 or not frozen:
                 name = f"alpha {alpha:g}{', wide weights frozen' if frozen else ''}"
                 steps[name] = training_step(_in_order(model), x)
-    steps["folded"] = training_step(_in_order(_folded(vgg16(width), x[:1])), x)
+    steps["folded"] = training_step(_in_order(folded_at_once(vgg16(width), KEEP_RATIO, x[:1])), x)
     what = f"training step, VGG-16 of width {width:g}, batch {batch}"
     times = alternate(steps, seconds, threads)
     return [
@@ -139,8 +139,8 @@ def inference(name: str, network: nn.Module, x: Tensor, threads: int, seconds: f
     """
     networks = {
         "original": network.eval(),
-        "folded": _folded(network, x[:1]),
-        ROUNDED: _folded(network, x[:1], REGISTER),
+        "folded": folded_at_once(network, KEEP_RATIO, x[:1]),
+        ROUNDED: folded_at_once(network, KEEP_RATIO, x[:1], REGISTER),
         "Torch-Pruning": torch_pruning(network, KEEP_RATIO, "l1", x[:1]).eval(),
     }
     times = deployment(networks, x, ("as it is", "optimised"), seconds, threads)
@@ -263,9 +263,3 @@ def _row(what: str, value: float, unit: str, target: Target, time: Any) -> dict[
 
 def _in_order(network: nn.Module) -> nn.Module:
     return network.to(memory_format=torch.channels_last)
-
-
-def _folded(network: nn.Module, x: Tensor, round_to: int = 1) -> nn.Module:
-    model = ParallelModel(network, KEEP_RATIO, x, round_to=round_to)
-    model.alpha = 0.0
-    return fold(model)[0]
