@@ -80,12 +80,13 @@ def fit(
     measure: Callable[[int], dict[str, float]] = lambda epoch: {},
     identity: str | None = None,
     anneal: Callable[[float], bool] | None = None,
+    accelerator: Accelerator | None = None,
 ) -> Outcome:
     """Train `model` in place and leave it with its best weights, those of the highest validation accuracy.
 
     Args:
         model: the network; parameters that do not require a gradient are left as they are.
-        train, val: the images. Training runs where accelerate puts it: a GPU (bf16) if there is one.
+        train, val: the images.
         recipe: how to train.
         key: names the run's random numbers; the same key gives the same run.
         checkpoint: file of the resume state. It is kept twice, as `<name>.0` and `<name>.1` before the suffix, so that a
@@ -99,6 +100,7 @@ def fit(
             whether it is what it shall be in the end. Of the epochs, only those that end so can be the best. The number of steps has to be
             known: with "one_cycle" alone.
         identity: what the states are of; one that was saved with another is not gone on from. The key if None.
+        accelerator: says where training runs; that of `accelerator_for_this_machine` if None, on a GPU (bf16) if there is one.
 
     Returns:
         The outcome. Row 0 of the validation accuracy is that of the weights the stage began with. A loss that
@@ -116,7 +118,7 @@ def fit(
     anneal = anneal or (lambda done: True)
     _check_labels(model, train, val)
     keep_freed_memory()
-    accelerator = accelerator_for_this_machine()
+    accelerator = accelerator or accelerator_for_this_machine()
     model.to(accelerator.device, memory_format=torch.channels_last)
     train, val = train.to(accelerator.device), val.to(accelerator.device)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -210,10 +212,10 @@ def _check_labels(model: nn.Module, *splits: Split) -> None:
             )
 
 
-def accelerator_for_this_machine() -> Accelerator:
-    """accelerate's choice of device; bf16 on a GPU that has it, float32 elsewhere."""
-    gpu = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-    return Accelerator(mixed_precision="bf16" if gpu else "no")
+def accelerator_for_this_machine(cpu: bool = False) -> Accelerator:
+    """accelerate's choice of device, or the CPU in any case; bf16 on a GPU that has it, float32 elsewhere."""
+    gpu = not cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    return Accelerator(mixed_precision="bf16" if gpu else "no", cpu=cpu)
 
 
 @torch.no_grad()
