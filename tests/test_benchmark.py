@@ -4,9 +4,13 @@ import sys
 
 import pandas as pd
 import pytest
+import torch
 from conftest import ROOT
 
-from alphaprune.benchmark import COLUMNS, Sizes, Target, as_line, as_table, measure
+from alphaprune.benchmark import COLUMNS, Sizes, Target, as_line, as_table, compiled_on, measure, training_on
+from alphaprune.measure import multiply_adds
+from alphaprune.models import vgg16
+from alphaprune.narrowing import folded_at_once
 
 sys.path.insert(0, str(ROOT / "notebooks"))
 import benchmark
@@ -41,6 +45,51 @@ def test_everything_is_measured_with_its_target(measured):
     plain = table[table["what"].str.endswith(": plain") | table["what"].str.endswith("original, as it is")]
     assert len(plain) == 4 and (plain["value"] == 1).all()  # what the others are compared with
     assert len(as_table(table).splitlines()) == len(table) + 2
+
+
+def test_training_on_a_device_is_measured_from_the_epoch_to_the_step():
+    device = "cuda" if torch.cuda.is_available() else "cpu"  # one process trains on one
+    peak = 1e9
+    rows = training_on(device, 0.0625, batch=4, images=10, seconds=0.1, peak=peak)
+    table = pd.DataFrame(rows).reindex(columns=COLUMNS).set_index("what")
+    assert table.index.is_unique and all(what.startswith(f"{device}, VGG-16 of width 0.0625") for what in table.index)  # fmt: skip
+    at = lambda ending: table.loc[[w for w in table.index if w.endswith(ending)]].iloc[0]  # noqa: E731
+    for name in ("alpha 1", "alpha 0.5", "alpha 0", "folded"):
+        seconds, rate, share = (
+            at(f": {name}, {of}")["value"]
+            for of in ("an epoch of 10 images", "training", "share of the peak")
+        )
+        assert seconds * rate == pytest.approx(8)  # what fills no batch is left out
+        assert share > 0
+    assert at("folded, share of the peak")["value"] / at("folded, training")["value"] == pytest.approx(
+        100 * 6 * folded_cost() / peak
+    )
+    assert at("of a step at alpha 1")["target"] == "at most 2" and at("of a step at alpha 1")["value"] > 0
+    assert len(as_table(table.reset_index()).splitlines()) == len(table) + 2
+
+
+def test_a_step_is_compiled_beside_eager_and_what_does_not_work_says_why():
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    network = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(144, 2)
+    )
+    before = {k: v.clone() for k, v in network.state_dict().items()}
+    x = torch.randn(2, 3, 8, 8)
+    rows = compiled_on(device, "small", network, x, seconds=0.1)
+    assert [r["what"].rpartition(", ")[2] for r in rows] == ["eager", "torch.compile", "CUDA graphs"]
+    assert rows[0]["value"] == 1 and rows[1]["value"] > 0 and rows[1]["milliseconds"] > 0
+    assert rows[2]["value"] > 0 or (device == "cpu" and "not known does not work here (" in as_line(rows[2]))
+    assert all(torch.equal(v, before[k]) for k, v in network.state_dict().items())
+
+
+def folded_cost():
+    x = torch.randn(1, 3, 32, 32)
+    return multiply_adds(folded_at_once(vgg16(0.0625), 0.34375, x), x)
+
+
+def test_a_peak_that_is_not_known_says_so():
+    unknown = row(None, None) | {"value": float("nan"), "unit": "%", "target": ""}
+    assert as_line(unknown) == "w: not known %" and "| not known | % |" in as_table(pd.DataFrame([unknown]))
 
 
 def row(holds, trusted):

@@ -68,6 +68,36 @@ def test_augmentation_flips_and_shifts_whole_images_and_nothing_else():
     assert flips == {False, True} and len(offsets) > 20
 
 
+def one_by_one(split, batch_size, generator):
+    """What `batches` shall give, image after image, each batch drawing when it is its turn."""
+    mean, std = (torch.tensor(v).view(3, 1, 1) * 255 for v in (split.mean, split.std))
+    order = torch.randperm(len(split), generator=generator)
+    for first in range(0, max(len(split) // batch_size, 1) * batch_size, batch_size):
+        chosen = order[first : first + batch_size]
+        n, images = len(chosen), []
+        top = torch.randint(9, (n, 1), generator=generator).flatten().tolist()
+        left = torch.randint(9, (n, 1), generator=generator).flatten().tolist()
+        flip = (torch.rand(n, 1, generator=generator) < 0.5).flatten().tolist()
+        for i, t, x, mirrored in zip(chosen, top, left, flip, strict=True):
+            padded = torch.nn.functional.pad(split.images[i], (4, 4, 4, 4))
+            crop = padded[:, t : t + split.images.shape[2], x : x + split.images.shape[3]]
+            images.append(((crop.flip(2) if mirrored else crop).float() - mean) / std)
+        yield torch.stack(images), split.labels[chosen]
+
+
+@pytest.mark.parametrize("batch_size", [1, 32, 40, 80, 100])
+@pytest.mark.parametrize("height", [32, 20])
+def test_images_are_those_of_one_draw_a_batch_bit_for_bit(batch_size, height):
+    whole = data.load("sample").val
+    split = data.Split(whole.images[:, :, :height], whole.labels)
+    found = list(data.batches(split, batch_size, torch.Generator().manual_seed(3)))
+    expected = list(one_by_one(split, batch_size, torch.Generator().manual_seed(3)))
+    assert len(found) == len(expected) == max(80 // batch_size, 1)
+    for (images, labels), (same_images, same_labels) in zip(found, expected, strict=True):
+        assert torch.equal(images, same_images) and torch.equal(labels, same_labels)
+        assert images.is_contiguous(memory_format=torch.channels_last)
+
+
 def test_a_last_incomplete_batch_is_left_out_in_training_only():
     split = data.load("sample").val
     assert sum(len(y) for _, y in data.batches(split, 32, torch.Generator())) == 64

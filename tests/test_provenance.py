@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 import yaml
+from conftest import ROOT
 from matplotlib.figure import Figure
+from papermill.cli import papermill
 
 from alphaprune import plots
 from alphaprune.errors import UsageError
 from alphaprune.experiment import Experiment
-from alphaprune.provenance import as_text, main, merged, read
+from alphaprune.provenance import as_text, changed_parameters, main, merged, papermill_command, read
 
 
 def record(folder: Path, stage: str, **changed) -> dict:
@@ -75,6 +77,30 @@ def test_the_command_says_only_what_differs_from_the_files(project, trained):
         f"python -m alphaprune.experiment params/smoke/fig4.yaml --set base={base} --set lr_scale=1.0e-05 "
         "--set 'stages=[{alpha: 0.5, lr: 0.0001, from: base}]'"
     )
+
+
+def test_papermill_reads_the_command_of_a_notebook_as_it_was(tmp_path, monkeypatch):
+    file = tmp_path / "parameters.yaml"
+    file.write_text("same: 1\nnumber: 1\nflag: false\nnothing: 1\nplaces: [1]\ntext: a\nof_digits: a\n")
+    ran = {"same": 1, "number": 0.5, "flag": True, "nothing": None, "places": [8, 16], "text": "as it is", "of_digits": "12", "other": 3}  # fmt: skip
+    changed = changed_parameters(ran, file)
+    assert changed == {k: v for k, v in ran.items() if k not in ("same", "other")}
+    words = shlex.split(papermill_command("11_time_and_memory", "parameters.yaml", changed))
+    assert words[:5] == [
+        "papermill",
+        "notebooks/11_time_and_memory.ipynb",
+        "out.ipynb",
+        "-f",
+        "parameters.yaml",
+    ]
+    (tmp_path / "notebooks").symlink_to(ROOT / "notebooks")
+    monkeypatch.chdir(tmp_path)
+    papermill(["--prepare-only", *words[1:]], standalone_mode=False)
+    cells = json.loads((tmp_path / "out.ipynb").read_text())["cells"]
+    injected = next(c for c in cells if "injected-parameters" in c["metadata"].get("tags", []))
+    taken = {}
+    exec("".join(injected["source"]), taken)
+    assert {k: taken[k] for k in ran if k != "other"} == {k: v for k, v in ran.items() if k != "other"}
 
 
 def test_parents_and_other_experiments_are_named(trained, project):

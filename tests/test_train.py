@@ -200,6 +200,35 @@ def test_the_best_is_one_that_has_arrived_and_the_steps_are_known(tmp_path):
         fit(made, TRAIN, VAL, RECIPE, "key", tmp_path / "b.safetensors", anneal=falls(made, 0.0))
 
 
+def test_log_points_that_are_read_late_say_the_same(tmp_path, monkeypatch):
+    """As on a GPU: at the end of the epoch, or when a state is saved."""
+    expected = fit(model(), TRAIN, VAL, RECIPE, "key", tmp_path / "at once.safetensors")
+    monkeypatch.setattr(train._State, "waits_to_read", True)
+    whole = model()
+    assert fit(whole, TRAIN, VAL, RECIPE, "key", tmp_path / "late.safetensors").history == expected.history
+    monkeypatch.setattr(train, "SAVE_EVERY", 0.0)
+    monkeypatch.setattr(torch.optim, "SGD", DiesAfter)
+    DiesAfter.left = [4]  # in the second epoch, between two log points
+    with pytest.raises(Killed):
+        fit(model(), TRAIN, VAL, RECIPE, "key", tmp_path / "cut.safetensors")
+    resumed = model()
+    same(fit(resumed, TRAIN, VAL, RECIPE, "key", tmp_path / "cut.safetensors"), expected, resumed, whole)
+
+
+@pytest.mark.parametrize("save_every", [0.0, 3600.0])
+def test_a_loss_that_explodes_is_found_late_too(tmp_path, monkeypatch, save_every):
+    monkeypatch.setattr(train._State, "waits_to_read", True)
+    monkeypatch.setattr(train, "SAVE_EVERY", save_every)
+    wild = model(0.5)
+    recipe = dataclasses.replace(RECIPE, lr=1e30, log_every=1)
+    outcome = fit(wild, TRAIN, VAL, recipe, "key", tmp_path / "c.safetensors")
+    assert outcome.diverged and outcome.epochs < 4
+    assert all(torch.isfinite(torch.tensor(row["value"])) for row in outcome.history)
+    assert all(torch.isfinite(v).all() for v in wild.state_dict().values())
+    again = fit(model(0.5), TRAIN, VAL, recipe, "key", tmp_path / "c.safetensors")  # from the state on disk
+    assert again.history == outcome.history and again.steps == outcome.steps
+
+
 def test_another_key_gives_another_run(tmp_path):
     runs = [
         fit(model(), TRAIN, VAL, RECIPE, key, tmp_path / f"{key}.safetensors").history for key in ("a", "b")

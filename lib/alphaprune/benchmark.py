@@ -1,26 +1,37 @@
-"""How fast it is: ratios of what took turns in one run, and the targets that the project keeps to."""
+"""How fast it is: ratios of what took turns in one run, and the targets that the project keeps to; on a GPU also whole epochs."""
 
 from __future__ import annotations
 
+import copy
+import math
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 import torchvision
+from accelerate.utils import AutocastKwargs
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from alphaprune.allocator import keep_freed_memory
 from alphaprune.data import Split, batches
 from alphaprune.deployment import deployment
 from alphaprune.fold import fold
+from alphaprune.measure import multiply_adds
 from alphaprune.models import vgg16
-from alphaprune.narrowing import torch_pruning
+from alphaprune.narrowing import folded_at_once, torch_pruning
 from alphaprune.parallel import ParallelModel
 from alphaprune.passes import training_step
-from alphaprune.timing import alternate, torch_threads
+from alphaprune.recipe import Recipe
+from alphaprune.timing import alternate, clock, torch_threads
+from alphaprune.train import Accelerator, accelerator_for_this_machine, fit
 
 KEEP_RATIO = 0.34375
 REGISTER = 16  # numbers of float32 in the widest registers of a CPU
@@ -42,6 +53,7 @@ class Sizes:
         fit_images: for the least-squares start.
         threads: for what runs on more than one.
         seconds: of timing, for each group of alternatives.
+        epoch_images: of an epoch on a GPU: as many as CIFAR-10 has for training.
     """
 
     quick_width: float = 0.25
@@ -52,6 +64,7 @@ class Sizes:
     fit_images: int = 2000
     threads: int = 2
     seconds: float = 40.0
+    epoch_images: int = 45_000
 
 
 @dataclass(frozen=True)
@@ -82,6 +95,19 @@ SHARE_OF_PREDICTED = (
 )
 DATA_TARGET = Target(at_least=10)  # times what the quarter-width network eats
 FIT_TARGET = Target(at_most=60)  # seconds
+GPU_DATA_TARGET = Target(at_most=2)  # % of a step at alpha 1
+# FLOP/s of bf16 without sparsity, by the name that torch has for a card. Source: NVIDIA's data sheets of H100 SXM, H200 SXM and A100.
+PEAKS = {
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA A100-PCIE-40GB": 312e12,
+    "NVIDIA A100 80GB PCIe": 312e12,
+}
+FLOPS_A_MULTIPLY_ADD = 2
+PASSES = 3  # forward, and backward twice that: by weights and by what they read
+EPOCHS = 5  # timed, behind one that is not
 
 
 def training_steps(width: float, batch: int, threads: int, seconds: float) -> list[dict[str, Any]]:
@@ -95,7 +121,7 @@ def training_steps(width: float, batch: int, threads: int, seconds: float) -> li
             if alpha < 1 or not frozen:
                 name = f"alpha {alpha:g}{', wide weights frozen' if frozen else ''}"
                 steps[name] = training_step(_in_order(model), x)
-    steps["folded"] = training_step(_in_order(_folded(vgg16(width), x[:1])), x)
+    steps["folded"] = training_step(_in_order(folded_at_once(vgg16(width), KEEP_RATIO, x[:1])), x)
     what = f"training step, VGG-16 of width {width:g}, batch {batch}"
     times = alternate(steps, seconds, threads)
     return [
@@ -139,8 +165,8 @@ def inference(name: str, network: nn.Module, x: Tensor, threads: int, seconds: f
     """
     networks = {
         "original": network.eval(),
-        "folded": _folded(network, x[:1]),
-        ROUNDED: _folded(network, x[:1], REGISTER),
+        "folded": folded_at_once(network, KEEP_RATIO, x[:1]),
+        ROUNDED: folded_at_once(network, KEEP_RATIO, x[:1], REGISTER),
         "Torch-Pruning": torch_pruning(network, KEEP_RATIO, "l1", x[:1]).eval(),
     }
     times = deployment(networks, x, ("as it is", "optimised"), seconds, threads)
@@ -186,17 +212,163 @@ def once(width: float, images: int, threads: int) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
+def training_on(
+    device: str, width: float, batch: int, images: int, seconds: float, peak: float | None
+) -> list[dict[str, Any]]:
+    """Training of a VGG-16 by `fit` on one device: an epoch with branches and folded, and what the data path takes of it.
+
+    An epoch is timed from its first random number to the end of its steps, with one batch of validation images behind it, and without saving. The
+    share of the peak counts multiply-adds of the forward pass, twice as many backward, and two operations each.
+
+    Args:
+        device: "cuda", or "cpu" in float32.
+        width, batch, images: of the VGG-16; images a step and an epoch, held on the device.
+        seconds: of timing the data path.
+        peak: operations a second that the device does at most; None where that is not known.
+    """
+    accelerator = accelerator_for_this_machine(cpu=device == "cpu")
+    x = torch.randn(batch, 3, 32, 32)
+    pixels = torch.randint(0, 256, (images, 3, 32, 32), dtype=torch.uint8)
+    train = Split(pixels, torch.randint(10, (images,))).to(device)
+    what = f"{device}, VGG-16 of width {width:g}, batch {batch}"
+    shared = _target(Target(), 0) | {"threads": torch.get_num_threads()}
+    of_peak = f"% of {peak / 1e12:.4g} TFLOP/s" if peak else "% of what this device does at most"
+    rows: list[dict[str, Any]] = []
+    an_epoch: dict[str, float] = {}
+    for name, network in _with_branches_and_folded(width, x).items():
+        operations = FLOPS_A_MULTIPLY_ADD * PASSES * multiply_adds(network, x) / batch
+        low, an_epoch[name], high = np.quantile(
+            _epochs(network, train, batch, accelerator), [0.25, 0.5, 0.75]
+        )
+        rate = images // batch * batch / an_epoch[name]
+        share = 100 * operations * rate / peak if peak else math.nan
+        timed = shared | {"spread": (high - low) / an_epoch[name]}
+        rows += [
+            {"what": f"{what}: {name}, an epoch of {images:,} images", "value": an_epoch[name], "unit": "seconds"} | timed,
+            {"what": f"{what}: {name}, training", "value": rate, "unit": "images a second"} | timed,
+            {"what": f"{what}: {name}, share of the peak", "value": share, "unit": of_peak} | timed,
+        ]  # fmt: skip
+
+    def feed() -> None:
+        for _ in batches(train, batch, torch.Generator().manual_seed(0)):
+            pass
+
+    fed = alternate({"data": feed}, seconds).loc["data"]
+    # At most: alone it waits for the program that starts it, which in training is ahead.
+    share = 100 * fed["median"] / an_epoch["alpha 1"]
+    rows.append(_row(f"{what}: data path, of a step at alpha 1", share, "%", GPU_DATA_TARGET, fed))
+    return rows
+
+
+def _with_branches_and_folded(width: float, x: Tensor) -> dict[str, nn.Module]:
+    networks: dict[str, nn.Module] = {}
+    for alpha in (1.0, 0.5, 0.0):
+        networks[f"alpha {alpha:g}"] = model = ParallelModel(vgg16(width), KEEP_RATIO, x[:2])
+        model.alpha = alpha
+    return networks | {"folded": folded_at_once(vgg16(width), KEEP_RATIO, x[:1])}
+
+
+def _epochs(network: nn.Module, train: Split, batch: int, accelerator: Accelerator) -> list[float]:
+    """Seconds of each epoch of `fit` but the first, in which memory is asked for and kernels are chosen."""
+    taken: list[float] = []
+    begun = 0.0
+
+    def ended(epoch: int) -> dict[str, float]:
+        if epoch > 1:
+            taken.append(clock() - begun)
+        return {}
+
+    def begins(_: Any) -> None:
+        nonlocal begun
+        begun = clock()
+
+    recipe = Recipe(1e-3, "one_cycle", max_epochs=1 + EPOCHS, batch_size=batch)
+    with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
+        checkpoint = Path(folder) / "state.safetensors"
+        fit(network, train, train.first(batch), recipe, "benchmark", checkpoint, after_epoch=begins, measure=ended, accelerator=accelerator)  # fmt: skip
+    return taken
+
+
+def compiled_on(
+    device: str, what: str, network: nn.Module, x: Tensor, seconds: float
+) -> list[dict[str, Any]]:
+    """A training step on one device as it is, through torch.compile, and replayed from CUDA graphs, in turns. What does not work here says why.
+
+    A network with branches torch.compile takes in pieces, and the last of many layers not at all (its `recompile_limit`).
+
+    Args:
+        device: "cuda", or "cpu" in float32, where there are no CUDA graphs.
+        what: the network's name.
+        network: with two classes or more. It is not changed.
+        x: images, (N, C, H, W).
+        seconds: of timing.
+    """
+    accelerator = accelerator_for_this_machine(cpu=device == "cpu")
+    x, labels = _in_order(x.to(device)), torch.zeros(len(x), dtype=torch.int64, device=device)
+    what = f"{device}, {what}, batch {len(x)}: a step"
+    ways: dict[str, Callable[[nn.Module], Callable[[Tensor], Tensor]]] = {
+        "eager": lambda own: own,
+        "torch.compile": torch.compile,
+        "CUDA graphs": lambda own: _captured(own, x, accelerator),
+    }
+    steps: dict[str, Callable[[], None]] = {}
+    rows = []
+    for way, prepared in ways.items():
+        own = _in_order(copy.deepcopy(network).to(device)).train()
+        try:
+            step = _step(own, prepared(own), x, labels, accelerator)
+            step()
+        except Exception as e:  # such as no compiler
+            if way == "eager":
+                raise
+            why = f"does not work here ({' '.join(str(e).split())[:120]})"
+            rows.append({"what": f"{what}, {way}", "value": math.nan, "unit": why} | _target(Target(), 0))
+        else:
+            steps[way] = step
+    times = alternate(steps, seconds)
+    return [
+        _row(f"{what}, {t.Index}", t.ratio, "times as fast as eager", Target(), t)
+        | {"milliseconds": 1000 * t.median}
+        for t in times.itertuples()
+    ] + rows
+
+
+def _captured(network: nn.Module, x: Tensor, accelerator: Accelerator) -> Callable[[Tensor], Tensor]:
+    # torch captures with autocast only where that casts the weights anew in each pass; of branches not all weights need be used.
+    with accelerator.autocast(AutocastKwargs(cache_enabled=False)):
+        return torch.cuda.make_graphed_callables(network, (x,), allow_unused_input=True)
+
+
+def _step(
+    network: nn.Module,
+    forward: Callable[[Tensor], Tensor],
+    x: Tensor,
+    labels: Tensor,
+    accelerator: Accelerator,
+) -> Callable[[], None]:
+    optimiser = torch.optim.SGD(network.parameters(), lr=1e-3, momentum=0.9)
+
+    def step() -> None:
+        with accelerator.autocast():
+            loss = F.cross_entropy(forward(x), labels)
+        optimiser.zero_grad()
+        accelerator.backward(loss)
+        optimiser.step()
+
+    return step
+
+
 def measure(sizes: Sizes = Sizes(), say: Callable[[str], None] = print) -> pd.DataFrame:
-    """Everything, one row a figure.
+    """Everything, one row a figure; what is of a GPU only where there is one.
 
     Returns:
-        Columns `what`; `milliseconds` a call, where it was called more than once; `value` and its `unit`; `target`, a bound in words, and whether it
-        `holds`, None where there is none; `spread`, `others`, `trusted` and `threads` as of `timing.alternate`.
+        Columns `what`; `milliseconds` a call, where it was called more than once; `value`, NaN where it is not known, and its `unit`; `target`, a bound
+        in words, and whether it `holds`, None where there is none; `spread`, `others`, `trusted` and `threads` as of `timing.alternate`.
     """
     keep_freed_memory()
     torch.manual_seed(0)
     s = sizes
-    groups: Mapping[str, Callable[[], list[dict[str, Any]]]] = {
+    groups: dict[str, Callable[[], list[dict[str, Any]]]] = {
         "training, one thread": lambda: training_steps(s.quick_width, s.batch, 1, s.seconds),
         f"training, {s.threads} threads": lambda: training_steps(s.full_width, s.batch, s.threads, s.seconds),
         "data path": lambda: data_path(s.quick_width, s.batch, s.seconds / 4),
@@ -204,6 +376,17 @@ def measure(sizes: Sizes = Sizes(), say: Callable[[str], None] = print) -> pd.Da
         "ResNet-18": lambda: inference("ResNet-18", torchvision.models.resnet18(), torch.randn(s.resnet_batch, 3, s.resnet_side, s.resnet_side), s.threads, s.seconds),
         "once": lambda: once(s.full_width, s.fit_images, s.threads),
     }  # fmt: skip
+    if torch.cuda.is_available():
+        peak = PEAKS.get(torch.cuda.get_device_name())
+        x, of_width = torch.randn(s.batch, 3, 32, 32), f"VGG-16 of width {s.full_width:g}"
+        networks = _with_branches_and_folded(s.full_width, x)
+        groups["GPU"] = lambda: training_on(
+            "cuda", s.full_width, s.batch, s.epoch_images, s.seconds / 4, peak
+        )
+        for name in ("alpha 0.5", "folded"):
+            groups[f"GPU, compiled, {name}"] = partial(
+                compiled_on, "cuda", f"{of_width}, {name}", networks[name], x, s.seconds
+            )
     rows = []
     for name, group in groups.items():
         found = group()
@@ -216,7 +399,7 @@ def measure(sizes: Sizes = Sizes(), say: Callable[[str], None] = print) -> pd.Da
 
 def as_line(row: Mapping[str, Any]) -> str:
     """A figure for people: what, how much, and whether that keeps to its target and is to be trusted."""
-    line = f"{row['what']}: {row['value']:.2f} {row['unit']}"
+    line = f"{row['what']}: {_number(row['value'])} {row['unit']}"
     if row["target"]:
         line += f" (target: {row['target']}{'' if row['holds'] else '; FALLS SHORT'})"
     if row.get("trusted") is False:
@@ -237,7 +420,7 @@ def as_table(table: pd.DataFrame) -> str:
         cells = [
             row["what"],
             *timed[:2],
-            f"{row['value']:.2f}",
+            _number(row["value"]),
             row["unit"],
             row["target"],
             verdict,
@@ -245,6 +428,10 @@ def as_table(table: pd.DataFrame) -> str:
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _number(value: float) -> str:
+    return "not known" if math.isnan(value) else f"{value:.2f}"
 
 
 def _target(target: Target, value: float) -> dict[str, Any]:
@@ -261,11 +448,6 @@ def _row(what: str, value: float, unit: str, target: Target, time: Any) -> dict[
     return {"what": what, "value": float(value), "unit": unit} | _target(target, value) | timed
 
 
-def _in_order(network: nn.Module) -> nn.Module:
-    return network.to(memory_format=torch.channels_last)
-
-
-def _folded(network: nn.Module, x: Tensor, round_to: int = 1) -> nn.Module:
-    model = ParallelModel(network, KEEP_RATIO, x, round_to=round_to)
-    model.alpha = 0.0
-    return fold(model)[0]
+def _in_order(what: Any) -> Any:
+    """A network or images."""
+    return what.to(memory_format=torch.channels_last)

@@ -24,6 +24,7 @@ import tarfile
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -146,40 +147,52 @@ def batches(
         split: the images.
         batch_size: images a batch.
         generator: a CPU generator. With one, the order is shuffled, each image is flipped with probability
-            1/2 and cropped at random out of its zero-padded self, and a last incomplete batch is left out.
-            Without, the images come in order, as they are, all of them.
+            1/2 and cropped at random out of its zero-padded self, and a last incomplete batch is left out unless it
+            is the only one. All that an epoch draws is drawn before its first batch. Without, the images come in
+            order, as they are, all of them.
 
     Yields:
         images (B, 3, H, W) float32 of about zero mean and unit variance, labels (B,) int64.
     """
-    device = split.images.device
+    device, size = split.images.device, len(split)
     mean = torch.tensor(split.mean, device=device).view(1, 3, 1, 1) * 255
     std = torch.tensor(split.std, device=device).view(1, 3, 1, 1) * 255
-    size = len(split)
     if generator is None:
-        index = torch.arange(size)
+        index, moves = torch.arange(size), None
     else:
         index = torch.randperm(size, generator=generator)[: max(size // batch_size, 1) * batch_size]
-    for chosen in index.to(device).split(batch_size):
+        moves = _drawn(index, batch_size, generator).to(device)
+    # On the device before the first batch: within the loop a GPU is never waited for.
+    index = index.to(device)
+    for first in range(0, len(index), batch_size):
+        chosen = index[first : first + batch_size]
         images = split.images[chosen]
-        if generator is not None:
-            images = _augment(images, generator)
+        if moves is not None:
+            images = _augment(images, *moves[:, first : first + batch_size, None])
         images = images.to(torch.float32, memory_format=torch.channels_last).sub_(mean).div_(std)
         yield images, split.labels[chosen]
 
 
-def _augment(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Random horizontal flip and padded crop of (B, 3, H, W) images, each image its own."""
+def _drawn(index: Tensor, batch_size: int, generator: torch.Generator) -> Tensor:
+    """For each image of an epoch, in its order, top, left and flip (3, N), in three bytes: there may be many images."""
+    drawn = []
+    for chosen in index.split(batch_size):
+        shape = (len(chosen), 1)
+        top = torch.randint(2 * PADDING + 1, shape, generator=generator)
+        left = torch.randint(2 * PADDING + 1, shape, generator=generator)
+        flip = torch.rand(shape, generator=generator) < 0.5
+        drawn.append(torch.cat([top, left, flip], 1).to(torch.uint8))
+    return torch.cat(drawn).t().contiguous()
+
+
+def _augment(images: Tensor, top: Tensor, left: Tensor, flip: Tensor) -> Tensor:
+    """Padded crop of (B, 3, H, W) images, each at its own top and left (B, 1), mirrored where flip (B, 1) is 1."""
     n, c, h, w = images.shape
-    top = torch.randint(2 * PADDING + 1, (n, 1), generator=generator)
-    left = torch.randint(2 * PADDING + 1, (n, 1), generator=generator)
-    flip = torch.rand(n, 1, generator=generator) < 0.5
-    rows = top + torch.arange(h)  # (B, H), in the padded image
-    columns = left + torch.where(flip, torch.arange(w - 1, -1, -1), torch.arange(w))  # (B, W)
-    rows, columns = rows.to(images.device), columns.to(images.device)
+    along = partial(torch.arange, device=images.device)
+    rows = top + along(h)  # (B, H), in the padded image
+    columns = left + torch.where(flip == 1, along(w - 1, -1, -1), along(w))  # (B, W)
     padded = F.pad(images, (PADDING,) * 4)
-    picture = torch.arange(n, device=images.device).view(n, 1, 1, 1)
-    plane = torch.arange(c, device=images.device).view(1, c, 1, 1)
+    picture, plane = along(n).view(n, 1, 1, 1), along(c).view(1, c, 1, 1)
     return padded[picture, plane, rows.view(n, 1, h, 1), columns.view(n, 1, 1, w)]
 
 

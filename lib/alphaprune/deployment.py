@@ -1,4 +1,4 @@
-"""What to deploy with: the same network as it is, optimised, in bfloat16, in ONNX Runtime and through torch.compile, in turns."""
+"""What to deploy with on a CPU: the same network as it is, optimised, in bfloat16, in ONNX Runtime and through torch.compile, in turns."""
 
 from __future__ import annotations
 
@@ -18,13 +18,55 @@ from alphaprune.compare import close, run
 from alphaprune.errors import UsageError
 from alphaprune.inference import TOLERANCE, optimise_for_inference
 from alphaprune.measure import multiply_adds
+from alphaprune.narrowing import folded_at_once
 from alphaprune.onnx_file import check_installed, save_onnx
 from alphaprune.passes import forward
+from alphaprune.sensitivity import allot
 from alphaprune.timing import alternate, torch_threads
 
 Way = Literal["as it is", "optimised", "bfloat16", "ONNX Runtime", "torch.compile"]
 WAYS: tuple[str, ...] = get_args(Way)
 CACHE = "TORCHINDUCTOR_CACHE_DIR"
+
+
+def pair(network: nn.Module, example_input: Tensor, keep_ratio: float) -> dict[str, nn.Module]:
+    """A network in eval mode, `original`, and what it folds to with random branches, `pruned`: weights change nothing about time.
+
+    Args:
+        network: on the CPU.
+        example_input: (N, C, H, W), of which one image is used.
+        keep_ratio: share of each layer's channels that stays, in (0, 1].
+    """
+    return {
+        "original": network.eval(),
+        "pruned": folded_at_once(network, keep_ratio, example_input[:1]),
+    }
+
+
+def rounded(
+    network: nn.Module,
+    damages: Mapping[str, Mapping[float, float]],
+    example_input: Tensor,
+    keep_ratio: float,
+    multiples: Sequence[int],
+) -> dict[str, nn.Module]:
+    """What a network folds to with channels in multiples of a number, beside other widths at the same cost.
+
+    Args:
+        network, example_input, keep_ratio: as of `pair`.
+        damages: what narrowing hurts, as of `sensitivity.damages`.
+        multiples: numbers that channel counts are rounded to.
+
+    Returns:
+        By name: one ratio for all, rounded down to each of `multiples`; then widths by sensitivity, as they are and rounded to each.
+    """
+    x = example_input[:1]
+    found = {f"pruned, round_to {n}": folded_at_once(network, keep_ratio, x, n) for n in multiples}
+    for n in (1, *multiples):
+        ratios = allot(network, damages, keep_ratio, x, round_to=n)
+        name = f"pruned, widths by sensitivity{f', round_to {n}' if n > 1 else ''}"
+        found[name] = folded_at_once(network, ratios, x)
+    return found
 
 
 def deployment(
@@ -34,7 +76,7 @@ def deployment(
     seconds: float = 20.0,
     threads: int | None = None,
 ) -> pd.DataFrame:
-    """Time each network in each way, all in turns.
+    """Time each network in each way, all in turns, on the CPU: ONNX Runtime and the optimised kernels are those of a CPU.
 
     Args:
         networks: by name, in eval mode on the CPU, the original first.
@@ -47,7 +89,7 @@ def deployment(
     Returns:
         One row a network and way: `network`, `way`, `batch`, `milliseconds` (median), `spread`, `others`, `trusted`, `threads` as of `timing.alternate`; `faster`, than
         the original as it is; `faster_than_same`, than the original in the same way; `predicted`, how many times fewer multiply-adds
-        than the original it has; `start`, seconds that preparing it took, with the first call.
+        than the original it has; `reached`, faster_than_same by predicted; `start`, seconds that preparing it took, with the first call.
 
     Raises:
         UsageError: if a way does not work or computes something else.
@@ -72,7 +114,7 @@ def deployment(
     costs = {name: multiply_adds(n, example_input[:1]) for name, n in networks.items()}
     rows = []
     for (name, way), t in zip(calls, times.itertuples(), strict=True):
-        same = times.at[f"{original}\n{way}", "ratio"]
+        same, predicted = times.at[f"{original}\n{way}", "ratio"], costs[original] / costs[name]
         rows.append(
             {
                 "network": name,
@@ -81,7 +123,8 @@ def deployment(
                 "milliseconds": 1000 * t.median,
                 "faster": t.ratio,
                 "faster_than_same": t.ratio / same,
-                "predicted": costs[original] / costs[name],
+                "predicted": predicted,
+                "reached": t.ratio / same / predicted,
                 "start": start[name, way],
                 "spread": t.spread,
                 "others": t.others,

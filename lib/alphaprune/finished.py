@@ -20,14 +20,22 @@ EXPERIMENTS = {
     "VGG-16": {"pruned": "pruned"},
     "ResNet-20": {"narrow": "resnet20_narrow", "no skips": "resnet20_plain"},
 }
+TARGETS = {"VGG-16": "pruned", "ResNet-20": "skips"}  # of the Makefile, that finish them
 
 
 @dataclass(frozen=True)
 class Finished:
-    """Networks in eval mode by kind and name, the original first, and what the folded ones were made from."""
+    """The finished models of a preset.
+
+    Attributes:
+        networks: in eval mode on the CPU, by kind and name, the original first.
+        sources: what the folded ones were made from.
+        missing: those that are not finished, as "kind, name", with the command that finishes them.
+    """
 
     networks: dict[str, dict[str, nn.Module]]
     sources: dict[str, Any]
+    missing: dict[str, str]
 
 
 def finished(preset: str, root: Path | None = None) -> Finished:
@@ -43,7 +51,9 @@ def finished(preset: str, root: Path | None = None) -> Finished:
     root = root or project_root()
     networks: dict[str, dict[str, nn.Module]] = {}
     sources = []
+    missing: dict[str, str] = {}
     for kind, names in EXPERIMENTS.items():
+        missing |= {f"{kind}, {name}": f"make {TARGETS[kind]} PRESET={preset}" for name in (ORIGINAL, *names)}
         base = load_settings(preset, next(iter(names.values())), root).base
         if not (root / base).is_file():
             continue
@@ -53,11 +63,13 @@ def finished(preset: str, root: Path | None = None) -> Finished:
             if _is_recorded(run):
                 networks[kind][label] = folded(run)[0]
                 sources.append(pruned_provenance(run))
+        for label in networks[kind]:
+            del missing[f"{kind}, {label}"]
     if not networks:
         raise UsageError(
             f"preset '{preset}' has no finished model yet; run `make pruned PRESET={preset}` first"
         )
-    return Finished(networks, merged(sources))
+    return Finished(networks, merged(sources), missing)
 
 
 def _is_recorded(run: Experiment) -> bool:

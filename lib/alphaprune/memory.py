@@ -3,7 +3,9 @@
     average = 1/T * integral of m(t) dt        peak = max m(t)
 
 with m the resident set of that process, read a thousand times a second, or on a GPU what torch's allocator has given out. Torch itself takes
-a few hundred megabytes before any network is there: `baseline`, which is measured first, behind a small network that brings torch's code in.
+memory before any network is there, a few hundred megabytes of a process: `baseline`, which is measured first, behind a small network that brings in
+torch's code, and on a GPU what its libraries work in. A GPU is behind the program that gives it work, and memory is given out when the work is:
+there the peak is exact, the average is over the time that passes in the program.
 """
 
 from __future__ import annotations
@@ -56,8 +58,8 @@ def memory(
     """Run a network over and over in a fresh process and watch how much memory that process holds.
 
     Args:
-        network: any module that can be pickled, whose class can be imported. On a GPU, the GPU's memory is watched.
-        example_input: a batch, (N, C, H, W), or a tuple of tensors.
+        network: any module that can be pickled, whose class can be imported, on the example's device.
+        example_input: a batch, (N, C, H, W), or a tuple of tensors. On a GPU, the GPU's memory is watched.
         seconds: how long to run it; once at least.
         threads: that torch may use; those it has if None.
         training: run training steps, with gradients and SGD with momentum, on the mean of all outputs; else eval mode without gradients.
@@ -69,17 +71,18 @@ def memory(
     context.set_forkserver_preload(
         [__name__]
     )  # the import is done once, in a process that never runs a network
+    inputs = as_inputs(example_input)
     with tempfile.TemporaryDirectory(prefix="memory-") as folder:
         path = Path(folder) / "network.pt"
         try:
-            torch.save((network, as_inputs(example_input)), path)
+            torch.save((network, inputs), path)
         except Exception as e:  # whatever pickle fails with
             raise UsageError(
                 f"{type(network).__name__} cannot be handed to another process ({' '.join(str(e).split())[:160]}); "
                 "define its class in a module"
             ) from None
         here, there = context.Pipe(duplex=False)
-        arguments = (there, path, seconds, threads or torch.get_num_threads(), training)
+        arguments = (there, path, seconds, threads or torch.get_num_threads(), training, inputs[0].device)
         process = context.Process(target=_measure, args=arguments, daemon=True)
         process.start()
         there.close()
@@ -99,31 +102,32 @@ def memory(
     return found
 
 
-def _measure(there: Connection, path: Path, seconds: float, threads: int, training: bool) -> None:
+def _measure(
+    there: Connection, path: Path, seconds: float, threads: int, training: bool, device: torch.device
+) -> None:
     torch.set_num_threads(threads)
     try:
-        there.send(_watched(path, seconds, training))
+        there.send(_watched(path, seconds, training, device))
     except Exception as e:
         there.send(" ".join(f"{type(e).__name__}: {e}".split())[:200])
     finally:
         there.close()
 
 
-def _watched(path: Path, seconds: float, training: bool) -> Memory:
+def _watched(path: Path, seconds: float, training: bool, device: torch.device) -> Memory:
     one_pass = training_step if training else forward
-    one_pass(_small(), torch.zeros(1, 3, 8, 8))()
-    held = psutil.Process().memory_info
-    baseline = held().rss
+    one_pass(_small().to(device), torch.zeros(1, 3, 8, 8, device=device))()
+    on_gpu = device.type == "cuda"
+    process = psutil.Process()
+
+    def read() -> int:
+        return torch.cuda.memory_allocated(device) if on_gpu else process.memory_info().rss
+
+    baseline = read()
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats(device)
     # Written by this very program a moment ago, in a folder that is its own.
     network, inputs = torch.load(path, weights_only=False)
-    if inputs[0].is_cuda:
-        torch.cuda.init()
-        baseline, read = 0, torch.cuda.memory_allocated
-    else:
-
-        def read() -> int:
-            return held().rss
-
     run = one_pass(network if training else network.eval(), *inputs)
     samples: list[int] = []
     done = threading.Event()
@@ -139,12 +143,12 @@ def _watched(path: Path, seconds: float, training: bool) -> Memory:
     try:
         while not samples or time.monotonic() - started < seconds:
             run()
-            if inputs[0].is_cuda:
-                torch.cuda.synchronize()
+            if on_gpu:
+                torch.cuda.synchronize(device)
     finally:
         done.set()
         watcher.join()
-    peak = torch.cuda.max_memory_allocated() if inputs[0].is_cuda else max(samples)
+    peak = torch.cuda.max_memory_allocated(device) if on_gpu else max(samples)
     return Memory(baseline, int(np.mean(samples)), peak, len(samples), time.monotonic() - started)
 
 

@@ -14,6 +14,21 @@ from alphaprune.fold import fold
 from alphaprune.parallel import ParallelModel
 
 
+def folded_at_once(
+    network: nn.Module, keep_ratio: float | Mapping[str, float], example_input: Tensor, round_to: int = 1
+) -> nn.Module:
+    """What a network folds to with new random branches, in eval mode: its cost is right, its weights are not.
+
+    Args:
+        network: the pretrained network.
+        keep_ratio, round_to: as of `ParallelModel`.
+        example_input: (1, C, H, W).
+    """
+    model = ParallelModel(network, keep_ratio, example_input, round_to=round_to)
+    model.alpha = 0.0
+    return fold(model)[0]
+
+
 def from_scratch(model: ParallelModel) -> nn.Module:
     """The network that `model` folds to, with random weights: He's for convolutions, torch's own for the rest.
 

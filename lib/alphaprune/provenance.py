@@ -18,10 +18,11 @@ import hashlib
 import io
 import json
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from html.parser import HTMLParser
 from importlib.metadata import version
 from pathlib import Path
@@ -30,6 +31,7 @@ from xml.etree import ElementTree
 
 from PIL import Image, UnidentifiedImageError
 
+from alphaprune import yaml_text
 from alphaprune.errors import UsageError
 
 # Where it stands: the PNG's text chunk, the SVG's Dublin Core element, the page's <meta>.
@@ -56,6 +58,32 @@ def provenance(root: Path, command: str) -> dict[str, Any]:
         | {"python": platform.python_version()},
         "hardware": {"machine": platform.machine(), "gpu": gpu, "threads": torch.get_num_threads()},
     }
+
+
+def papermill_command(notebook: str, file: str, changed: Mapping[str, Any]) -> str:
+    """The command that runs a notebook with a parameter file, and with what is changed against it.
+
+    Args:
+        notebook: its name in notebooks/, without the ending.
+        file: the parameter file, from the project's folder.
+        changed: parameters by name.
+
+    >>> papermill_command("12_how_cost_grows", "params/quick/how_cost_grows.yaml", {"batch": 8, "axes": {"depth": [8]}})
+    "papermill notebooks/12_how_cost_grows.ipynb out.ipynb -f params/quick/how_cost_grows.yaml -p batch 8 -y 'axes: {depth: [8]}'"
+    """
+    words = ["papermill", f"notebooks/{notebook}.ipynb", "out.ipynb", "-f", file]
+    for name, value in changed.items():
+        text = yaml_text.in_yaml(value)
+        # Of -p papermill makes a number or a text, and of true or a list a text.
+        as_it_is = text == value or (isinstance(value, int | float) and not isinstance(value, bool))
+        words += ["-p", name, text] if as_it_is else ["-y", f"{name}: {text}"]
+    return shlex.join(words)
+
+
+def changed_parameters(variables: Mapping[str, Any], file: Path) -> dict[str, Any]:
+    """Of a notebook's variables those that a parameter file names and gives another value, by name (raises UsageError for a file that cannot be read)."""
+    given = yaml_text.read(file)
+    return {name: variables[name] for name, value in given.items() if variables[name] != value}
 
 
 def of_records(

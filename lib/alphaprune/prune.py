@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,11 +16,11 @@ from alphaprune.errors import Damaged, UsageError
 from alphaprune.experiment import Experiment
 from alphaprune.fold import Certificate, fold
 from alphaprune.measure import multiply_adds, parameters
-from alphaprune.provenance import merged, of_records, provenance
+from alphaprune.provenance import merged, of_records, papermill_command, provenance
 from alphaprune.records import FoldRecord, read_record, write_record
 from alphaprune.settings import parameter_files
 from alphaprune.skips import SkipModel, remove_skips
-from alphaprune.stages import OF_ONE_EXPERIMENT, in_yaml
+from alphaprune.stages import OF_ONE_EXPERIMENT
 from alphaprune.storage import check_digest, digest_file, save_tensors
 from alphaprune.train import evaluate
 
@@ -154,8 +153,8 @@ def pruned_provenance(experiment: Experiment) -> dict[str, Any]:
 
 def _command(experiment: Experiment) -> str:
     s = experiment.settings
-    given = "".join(f" -p {name} {shlex.quote(in_yaml(v))}" for name, v in experiment.changed.items())
-    return f"papermill notebooks/03_fold_and_verify.ipynb out.ipynb -f params/{s.preset}/{s.experiment}.yaml{given}"
+    file = f"params/{s.preset}/{s.experiment}.yaml"
+    return papermill_command("03_fold_and_verify", file, experiment.changed)
 
 
 def _folder(experiment: Experiment) -> Path:

@@ -7,12 +7,11 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from alphaprune import pretrained, sources
 from alphaprune.errors import UsageError
 from alphaprune.identity import BASE, SCRATCH, Node, identified, narrow_or_branched
 from alphaprune.settings import MOST_STAGES, Settings, Stage, load_settings, parameter_files, project_root
+from alphaprune.yaml_text import in_yaml
 
 OF_ONE_EXPERIMENT = ("stages", "title", "folds", "publish")  # settings that hold for no other
 # At a stage and what it starts from.
@@ -133,16 +132,6 @@ def of_file(file: Path) -> tuple[str, str, Path]:
     if path.parent.parent.name != "params":
         raise UsageError(f"{file} is no experiment file; those lie in params/<preset>/")
     return path.parent.name, path.stem, path.parents[2]
-
-
-def in_yaml(value: Any) -> str:
-    """A setting as it is written on a command line, on one line.
-
-    >>> in_yaml(1e-5), in_yaml([{"alpha": 0.5}])
-    ('1.0e-05', '[{alpha: 0.5}]')
-    """
-    text = yaml.safe_dump(value, default_flow_style=True, width=float("inf"), sort_keys=False)
-    return text.removesuffix("...\n").strip()
 
 
 def _check_descent(name: str, settings: Settings, stage: Stage, parent: Node | str) -> None:

@@ -80,12 +80,13 @@ def fit(
     measure: Callable[[int], dict[str, float]] = lambda epoch: {},
     identity: str | None = None,
     anneal: Callable[[float], bool] | None = None,
+    accelerator: Accelerator | None = None,
 ) -> Outcome:
     """Train `model` in place and leave it with its best weights, those of the highest validation accuracy.
 
     Args:
         model: the network; parameters that do not require a gradient are left as they are.
-        train, val: the images. Training runs where accelerate puts it: a GPU (bf16) if there is one.
+        train, val: the images.
         recipe: how to train.
         key: names the run's random numbers; the same key gives the same run.
         checkpoint: file of the resume state. It is kept twice, as `<name>.0` and `<name>.1` before the suffix, so that a
@@ -99,10 +100,12 @@ def fit(
             whether it is what it shall be in the end. Of the epochs, only those that end so can be the best. The number of steps has to be
             known: with "one_cycle" alone.
         identity: what the states are of; one that was saved with another is not gone on from. The key if None.
+        accelerator: says where training runs; that of `accelerator_for_this_machine` if None, on a GPU (bf16) if there is one.
 
     Returns:
         The outcome. Row 0 of the validation accuracy is that of the weights the stage began with. A loss that
-        is no longer finite ends the stage at once, with `diverged` set and the best weights so far.
+        is no longer finite ends the stage, with `diverged` set and the best weights so far: on a CPU at the next row
+        of training accuracy; on a GPU, where these are read together, when the state is saved or the epoch ends.
 
     Raises:
         Interrupted: after SIGTERM or SIGINT, once the state is on disk.
@@ -115,7 +118,7 @@ def fit(
     anneal = anneal or (lambda done: True)
     _check_labels(model, train, val)
     keep_freed_memory()
-    accelerator = accelerator_for_this_machine()
+    accelerator = accelerator or accelerator_for_this_machine()
     model.to(accelerator.device, memory_format=torch.channels_last)
     train, val = train.to(accelerator.device), val.to(accelerator.device)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -159,13 +162,14 @@ def fit(
                 state.step = step
                 state.meter.add(loss, logits, labels)
                 if step % recipe.log_every == 0 or step == steps_an_epoch:
-                    read = state.meter.read()
-                    state.note("train", **read)
-                    if not math.isfinite(read["loss"]):
-                        break
-                if step < steps_an_epoch and (signals.wanted or state.age() >= SAVE_EVERY):
+                    state.end_log_point()
+                saving = step < steps_an_epoch and (signals.wanted or state.age() >= SAVE_EVERY)
+                if (saving or not state.waits_to_read) and not state.read():
+                    break
+                if saving:
                     state.save()
                     signals.stop(f"saved after step {outcome.steps}, in epoch {outcome.epochs}")
+            state.read()
             arrived = anneal(outcome.steps / all_steps)
             val_loss, accuracy = evaluate(model, val, accelerator=accelerator)
             state.note("val", loss=val_loss, accuracy=accuracy, **measure(outcome.epochs))
@@ -208,10 +212,10 @@ def _check_labels(model: nn.Module, *splits: Split) -> None:
             )
 
 
-def accelerator_for_this_machine() -> Accelerator:
-    """accelerate's choice of device; bf16 on a GPU that has it, float32 elsewhere."""
-    gpu = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-    return Accelerator(mixed_precision="bf16" if gpu else "no")
+def accelerator_for_this_machine(cpu: bool = False) -> Accelerator:
+    """accelerate's choice of device, or the CPU in any case; bf16 on a GPU that has it, float32 elsewhere."""
+    gpu = not cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    return Accelerator(mixed_precision="bf16" if gpu else "no", cpu=cpu)
 
 
 @torch.no_grad()
@@ -239,10 +243,7 @@ def derive_seed(*parts: object) -> int:
 
 
 class _Meter:
-    """Mean loss and accuracy of the batches since it was last read, summed on the device.
-
-    Reading it is the only wait for a GPU in an epoch.
-    """
+    """Sums of loss, correct answers and images since the last log point, on the device."""
 
     def __init__(self, device: torch.device):
         self.sums = torch.zeros(3, device=device)  # loss, correct, images
@@ -253,10 +254,10 @@ class _Meter:
             [loss.detach() * len(labels), correct, torch.full_like(loss, len(labels))]
         ).detach()
 
-    def read(self) -> dict[str, float]:
-        loss, correct, images = self.sums.tolist()
-        self.sums.zero_()
-        return {"accuracy": correct / images, "loss": loss / images}
+    def take(self) -> Tensor:
+        """The sums, which begin again at 0; nothing waits for them."""
+        taken, self.sums = self.sums, torch.zeros_like(self.sums)
+        return taken
 
 
 class _State:
@@ -271,6 +272,7 @@ class _State:
         self.lowest_loss, self.epochs_since_lowest = math.inf, 0
         self.step = 0  # of the running epoch; 0 between epochs
         self.meter = _Meter(self._device)
+        self.unread: list[tuple[int, Tensor]] = []  # log points: the step, and the meter's sums on the device
         self.random: dict[str, Tensor] | None = None  # where an epoch is to be resumed
         self.saves, self.since = 0, time.monotonic()
 
@@ -297,10 +299,34 @@ class _State:
         return time.monotonic() - self.since
 
     def note(self, split: str, **measured: float) -> None:
-        o = self.outcome
-        for metric, value in measured.items():
-            row = {"step": o.steps, "epoch": o.epochs, "split": split, "metric": metric, "value": value}
-            o.history.append(row)
+        self._note(self.outcome.steps, split, measured)
+
+    def _note(self, step: int, split: str, measured: dict[str, float]) -> None:
+        epoch = self.outcome.epochs
+        self.outcome.history += [
+            {"step": step, "epoch": epoch, "split": split, "metric": metric, "value": value}
+            for metric, value in measured.items()
+        ]
+
+    @property
+    def waits_to_read(self) -> bool:
+        """Whether log points stay on the device until the epoch's end or a save: reading one waits for all that a GPU was given."""
+        return self._device.type != "cpu"
+
+    def end_log_point(self) -> None:
+        self.unread.append((self.outcome.steps, self.meter.take()))
+
+    def read(self) -> bool:
+        """Note the log points that were not read yet, up to the first whose loss is not finite. Returns whether there is none such."""
+        if not self.unread:
+            return True
+        steps, sums = zip(*self.unread, strict=True)
+        self.unread = []
+        for step, (loss, correct, images) in zip(steps, torch.stack(sums).tolist(), strict=True):
+            self._note(step, "train", {"accuracy": correct / images, "loss": loss / images})
+            if not math.isfinite(loss):
+                return False
+        return True
 
     def keep_best(self, accuracy: float) -> None:
         self.best = {k: v.detach().clone() for k, v in self.model.state_dict().items()}

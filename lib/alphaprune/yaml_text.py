@@ -109,3 +109,13 @@ def read(path: Path) -> Any:
         return parse(raw.decode("utf-8"))
     except (OSError, ValueError) as e:
         raise UsageError(f"{path} is not readable YAML: {e}") from None
+
+
+def in_yaml(value: Any) -> str:
+    """A setting as it is written on a command line, on one line.
+
+    >>> in_yaml(1e-5), in_yaml([{"alpha": 0.5}])
+    ('1.0e-05', '[{alpha: 0.5}]')
+    """
+    text = yaml.safe_dump(value, default_flow_style=True, width=float("inf"), sort_keys=False)
+    return text.removesuffix("...\n").strip()
