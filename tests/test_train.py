@@ -6,6 +6,8 @@ import signal
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
@@ -279,3 +281,23 @@ def test_a_loss_that_explodes_ends_the_stage_with_finite_weights(tmp_path):
 def test_seeds_depend_on_every_part():
     seeds = {derive_seed(*parts) for parts in [("a", 1), ("a", 2), ("b", 1), ("a", "1")]}
     assert len(seeds) == 4 and all(0 <= s < 2**63 for s in seeds)
+
+
+def test_what_trained_in_bf16_is_the_network_that_it_was(tmp_path):
+    made, x = model(), torch.randn(2, 3, 32, 32)
+    AcceleratorState._reset_state(True)  # of the process; there is one
+    try:
+        bf16 = Accelerator(mixed_precision="bf16", cpu=True)
+        recipe = dataclasses.replace(RECIPE, max_epochs=1)
+        fit(made, TRAIN, VAL, recipe, "key", tmp_path / "a.safetensors", accelerator=bf16)
+    finally:
+        AcceleratorState._reset_state(True)
+    assert torch.equal(made(x), type(made).forward(made, x))  # in float32, and not still in bf16
+
+
+def test_evaluating_leaves_each_module_in_the_mode_it_had():
+    made = VGG([6, "M", 8, "M", 8, "M", "M", "M"]).train()
+    made.features[1].eval()  # a BatchNorm that is held
+    before = [m.training for m in made.modules()]
+    evaluate(made, VAL)
+    assert [m.training for m in made.modules()] == before

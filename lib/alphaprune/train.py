@@ -186,6 +186,9 @@ def fit(
             state.save()
             after_epoch(outcome)
             signals.stop(f"saved after epoch {outcome.epochs}")
+    accelerator.unwrap_model(
+        stepper, keep_fp32_wrapper=False
+    )  # else its forward would stay in bf16, where there is a GPU
     model.load_state_dict(state.best)
     return outcome
 
@@ -222,18 +225,15 @@ def accelerator_for_this_machine(cpu: bool = False) -> Accelerator:
 def evaluate(
     model: nn.Module, split: Split, batch_size: int = 500, accelerator: Accelerator | None = None
 ) -> tuple[float, float]:
-    """Mean cross entropy and accuracy (0..1) of a model in eval mode, on the model's device. Restores the mode."""
+    """Mean cross entropy and accuracy (0..1) of a model in eval mode, on the model's device. Restores the mode of each of its modules."""
     device = next(model.parameters()).device
     split = split.to(device)
-    was_training = model.training
-    model.eval()
     loss, correct = torch.zeros((), device=device), torch.zeros((), device=device)
-    with accelerator.autocast() if accelerator else nullcontext():
+    with in_eval_mode(model), accelerator.autocast() if accelerator else nullcontext():
         for images, labels in batches(split, batch_size):
             logits = model(images).float()
             loss += F.cross_entropy(logits, labels, reduction="sum")
             correct += (logits.argmax(1) == labels).sum()
-    model.train(was_training)
     return loss.item() / len(split), correct.item() / len(split)
 
 
