@@ -234,6 +234,11 @@ def save(figure: Figure, path: Path, description: str, sources: Any) -> Picture:
     return load(path)
 
 
+def is_saved(path: Path) -> bool:
+    """Whether `load` would find a picture there."""
+    return all(path.with_name(f"{path.name}.{ending}").is_file() for ending in ("png", "txt"))
+
+
 def load(path: Path) -> Picture:
     """A picture that `save` wrote."""
     return Picture(path.with_name(f"{path.name}.png"), path.with_name(f"{path.name}.txt").read_text().strip())
