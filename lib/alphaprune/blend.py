@@ -99,12 +99,16 @@ def without_training(
 
 
 def untrained_table(
-    network: nn.Module, keep_ratio: KeepRatio, example_image: Tensor, data: Dataset, ridge: float
+    pretrained: Callable[[], nn.Module],
+    keep_ratio: KeepRatio,
+    example_image: Tensor,
+    data: Dataset,
+    ridge: float,
 ) -> pd.DataFrame:
     """What a pretrained network scores at falling alpha beside random branches, and beside those by least squares, none of them trained.
 
     Args:
-        network: it is copied.
+        pretrained: makes the network, such as `Experiment.base_network`.
         keep_ratio, ridge: as of `ParallelModel`.
         example_image: (1, C, H, W).
         data: the first `SCORED` validation and `MEASURED` training images are used.
@@ -116,8 +120,8 @@ def untrained_table(
     seen = [x for x, _ in batches(data.train.first(min(MEASURED, len(data.train))), 250)]
     tables = []
     for init, fit in (("random", {}), ("least_squares", {"images": torch.cat(seen), "ridge": ridge})):
-        torch.manual_seed(0)
-        model = ParallelModel(network, keep_ratio, example_image, init=init, **fit)
+        torch.manual_seed(0)  # before the network too, whose making draws numbers
+        model = ParallelModel(pretrained(), keep_ratio, example_image, init=init, **fit)
         table = without_training(model, UNTRAINED_ALPHAS, seen, lambda probe: evaluate(probe, val)[1])
         tables.append(table.assign(init=init))
     return pd.concat(tables, ignore_index=True)
