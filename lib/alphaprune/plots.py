@@ -79,9 +79,9 @@ def stage_curves(curves: pd.DataFrame, title: str, fold_now: bool = False) -> Fi
             if fold_now:
                 points = own[own["metric"] == "fold_now"]
                 axes[2].plot(points["x"], points["percent"], color=color, marker="s", ms=6, ls="")
+                points = own[own["metric"].isin(["fold_now", "fold_now_running"])]
+                axes[2].plot(points["x"], points["percent"], color=LIGHT, lw=1, zorder=0)
         if fold_now:
-            points = curves[curves["metric"].isin(["fold_now", "fold_now_running"])]
-            axes[2].plot(points["start"] + points["step"], 100 * points["value"], color=LIGHT, lw=1, zorder=0)
             axes[2].set_title("Validation, if folded now")
         axes[0].set_title("Training")
         axes[1].set_title("Validation")
