@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 
 from alphaprune import plots
-from alphaprune.errors import Missing
+from alphaprune.errors import UsageError
 from alphaprune.experiment import Experiment
 from alphaprune.provenance import merged
 from alphaprune.prune import fold_command, load_pruned, pruned_provenance
@@ -47,7 +47,7 @@ class Results:
         return self.experiments["fig4"].figure(name)
 
     def check_trained(self) -> None:
-        """Raise Missing, with the command that makes it, if a stage is not recorded."""
+        """Raise UsageError, with the command that makes it, if a stage is not recorded."""
         for name in TRAINED:
             run = self.experiments[name]
             for node in run.stages:
@@ -67,10 +67,10 @@ class Results:
                 command = fold if name == PRUNED else f"{draw} {given}"
                 raise self._missing(f"figure {self.named(name)} is not drawn", command)
 
-    def _missing(self, what: str, command: str) -> Missing:
+    def _missing(self, what: str, command: str) -> UsageError:
         if not self.experiments[PRUNED].changed:  # what make runs
             command = f"make reproduce-figures PRESET={self.preset}"
-        return Missing(f"nothing to report yet ({what}); run {command}")
+        return UsageError(f"nothing to report yet ({what}); run {command}")
 
     def accuracy(self, name: str) -> float | None:
         """Percent by name: `<experiment>/<stage>` on validation, `pruned/<network>` on the test set; None if not run."""
