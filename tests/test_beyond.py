@@ -20,6 +20,10 @@ def test_skip_connections(whole_project):
     ] == [True] * 3
     assert re.search(r"VGG-16\s+narrow", page)
     assert re.search(r"conv, blocks\.0\.conv2", page)
+    # The same block of both, whose first layer halves the image; only the narrow one still has a projection.
+    blocks = re.findall(r"^\(3\): \w+\(.*?^\)", done.stdout, re.DOTALL | re.MULTILINE)
+    assert len(blocks) == 2 and all("stride=(2, 2)" in b.partition("conv2")[0] for b in blocks)
+    assert ["shortcut" in b for b in blocks] == [True, False]
 
 
 def test_own_network(whole_project):

@@ -24,9 +24,11 @@ from alphaprune.comparison import (
     load_comparison,
     main,
     provenance,
+    settings_by_method,
     summary,
 )
 from alphaprune.experiment import Experiment
+from alphaprune.method_plots import cliffs
 from alphaprune.records import write_record
 
 GRID = [0.005, 0.01, 0.02, 0.05, 0.1]
@@ -80,6 +82,28 @@ def test_the_table_is_written_equal_images_and_nothing_trains_twice(prepared):
     assert times == [f.stat().st_mtime_ns for f in folders]
     rows = summary(table)
     assert (rows["seeds"] == 2).all() and rows["val_mean"].is_monotonic_decreasing
+
+
+def test_a_setting_is_a_methods_own_or_the_default():
+    ridges = settings_by_method("controls", "quick", "init_ridge", ROOT)
+    assert ridges["alphaprune, folded at once"] == 0.1
+    assert ridges["alphaprune, folded at once, closest fit"] == ridges["scratch"] == 1e-4
+
+
+@pytest.mark.parametrize("ways", [1, 2, 4])
+def test_the_lowest_panel_of_each_column_has_its_scale(ways):
+    point = {
+        "experiment": "e",
+        "stage": "s",
+        "alpha": 0.0,
+        "split": "val",
+        "metric": "accuracy",
+        "value": 0.5,
+    }
+    rows = [point | {"method": f"way {i}", "images": n} for i in range(ways) for n in (0, 128)]
+    panels = [ax for ax in cliffs(pd.DataFrame(rows), "t", columns=3).axes if ax.axison]
+    scaled = [bool(ax.get_xlabel()) and ax.xaxis.get_tick_params()["labelbottom"] for ax in panels]
+    assert scaled == [i >= ways - 3 for i in range(ways)]
 
 
 def test_why_names_what_would_be_trained_and_what_changed(prepared, capsys, monkeypatch):

@@ -56,7 +56,7 @@ def test_controls(trimmed):
     done = make(trimmed, "controls")
     assert done.returncode == 0, done.stderr[-2000:]
     results = trimmed / "results" / "smoke"
-    for figure in ("controls", "pareto", "budgets"):
+    for figure in ("controls", "controls_alpha", "pareto", "budgets"):
         assert (results / "figures" / f"{figure}.png").is_file()
     table = pd.read_csv(results / "controls.csv")
     assert len(table) == 5 * 2 * 2 and table["images"].nunique() == 1
@@ -91,6 +91,7 @@ def test_unfinished_models(trimmed):
     done = make(trimmed, "unfinished")
     assert done.returncode == 0, done.stderr[-2000:]
     results = trimmed / "results" / "smoke"
-    assert (results / "figures" / "unfinished.png").is_file()
+    for figure in ("unfinished", "unfinished_courses", "unfinished_dead"):
+        assert (results / "figures" / f"{figure}.png").is_file()
     page = (results / "html" / "unfinished.html").read_text()
     assert all(f"Figure {n}" in page for n in (1, 2, 3)) and "refitted" in page

@@ -12,7 +12,8 @@ import yaml
 from alphaprune import UsageError, data, fold
 from alphaprune.experiment import COLUMNS, Experiment, main
 from alphaprune.measure import parameters
-from alphaprune.prune import load_pruned, prune
+from alphaprune.models import resnet20
+from alphaprune.prune import Pruned, load_pruned, prune
 from alphaprune.results import Results
 from alphaprune.stage_networks import StageNetworks
 from alphaprune.train import evaluate
@@ -197,6 +198,32 @@ def test_prune_records_the_table_and_the_test_set(small):
     assert (again.network, again.certificate) == (pruned.network, pruned.certificate)
     pd.testing.assert_frame_equal(again.table, pruned.table)
     assert record.read_bytes() == before
+
+
+def test_a_report_before_its_experiments_names_the_command(small):
+    missing = r"nothing to report yet \(stage week_before/\S+: not recorded yet\); run "
+    with pytest.raises(UsageError, match=f"{missing}make reproduce-figures PRESET=smoke$"):
+        Results("smoke", small).check_complete()
+    with pytest.raises(UsageError, match=rf"{missing}.* params/smoke/week_before\.yaml --set seed=1$"):
+        Results("smoke", small, seed=1).check_trained()
+    with pytest.raises(UsageError, match=r"not recorded yet; run its experiment first: .*/smoke/fig4\.yaml$"):
+        Experiment("smoke", "fig4", small).model("a0.5-lr0.01")
+
+
+def test_figures_of_another_seed_have_another_name(small):
+    figures = small / "results" / "smoke" / "figures"
+    assert Experiment("smoke", "fig4", small).figure("figure4") == figures / "figure4"
+    assert Experiment("smoke", "fig4", small, seed=1).figure("figure4") == figures / "figure4,seed=1"
+    assert Results("smoke", small, seed=1).named("scorecard") == "scorecard,seed=1"
+
+
+def test_a_layer_of_a_pruned_network_prints_as_it_does_alone():
+    network = resnet20()
+    pruned = Pruned(str(network), None, None)
+    assert pruned.layer("blocks.3") == f"(3): {network.blocks[3]}"
+    assert pruned.layer("blocks.3.conv2") == f"(conv2): {network.blocks[3].conv2}"
+    with pytest.raises(UsageError, match=r"no layer 'blocks\.9'"):
+        pruned.layer("blocks.9")
 
 
 def test_frozen_stages_leave_the_pretrained_weights(small):

@@ -16,11 +16,19 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
+from alphaprune.data import Dataset, batches
 from alphaprune.modes import in_eval_mode
 from alphaprune.parallel import ParallelModel
+from alphaprune.train import evaluate
+from alphaprune.widths import KeepRatio
 
 FOLD_NOW = ("fold_now_running", "fold_now")  # the second, at the end of a stage, is of its best weights
 WIDE_SHARE = "wide_share:"  # of a layer, as a metric in records
+# For a network that is not trained: where it is looked at; the first validation images, which it is scored on; the first
+# training images, which branches are fitted to and BatchNorm's statistics measured on.
+UNTRAINED_ALPHAS = (1, 0.9, 0.8, 0.6, 0.4, 0.2, 0.1, 0.05, 0.0)
+SCORED = 1000
+MEASURED = 2000
 
 
 @torch.no_grad()
@@ -88,6 +96,35 @@ def without_training(
             {"alpha": alpha, "as_it_was": as_it_was, "measured_anew": accuracy(probe), "wide_share": mean}
         )
     return pd.DataFrame(rows)
+
+
+def untrained_table(
+    pretrained: Callable[[], nn.Module],
+    keep_ratio: KeepRatio,
+    example_image: Tensor,
+    data: Dataset,
+    ridge: float,
+) -> pd.DataFrame:
+    """What a pretrained network scores at falling alpha beside random branches, and beside those by least squares, none of them trained.
+
+    Args:
+        pretrained: makes the network, such as `Experiment.base_network`.
+        keep_ratio, ridge: as of `ParallelModel`.
+        example_image: (1, C, H, W).
+        data: the first `SCORED` validation and `MEASURED` training images are used.
+
+    Returns:
+        The columns of `without_training` at `UNTRAINED_ALPHAS`, and `init`, how the branches began.
+    """
+    val = data.val.first(min(SCORED, len(data.val)))
+    seen = [x for x, _ in batches(data.train.first(min(MEASURED, len(data.train))), 250)]
+    tables = []
+    for init, fit in (("random", {}), ("least_squares", {"images": torch.cat(seen), "ridge": ridge})):
+        torch.manual_seed(0)  # before the network too, whose making draws numbers
+        model = ParallelModel(pretrained(), keep_ratio, example_image, init=init, **fit)
+        table = without_training(model, UNTRAINED_ALPHAS, seen, lambda probe: evaluate(probe, val)[1])
+        tables.append(table.assign(init=init))
+    return pd.concat(tables, ignore_index=True)
 
 
 def recorded_shares(curves: pd.DataFrame) -> pd.DataFrame:

@@ -356,6 +356,14 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
     return found.sort_values(["keep_ratio", "val_mean"], ascending=False, ignore_index=True)
 
 
+def settings_by_method(name: str, preset: str, key: str, root: Path | None = None) -> dict[str, Any]:
+    """By method of a comparison what it sets `key` to, one of `Settings`, where only the experiment or the default says so too."""
+    root = root or project_root()
+    plan = load_comparison(name, root)
+    first = plan.first_lr, plan.keep_ratios[0], plan.seeds[0]
+    return {m.method: getattr(m._settings(*first), key) for m in _chosen(name, preset, root, ())}
+
+
 def original(name: str, preset: str, root: Path | None = None) -> dict[str, float]:
     """The network that all methods of a comparison begin with: params, macs, and val_accuracy and test_accuracy in percent."""
     from alphaprune.method_result import of_original

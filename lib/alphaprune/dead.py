@@ -1,7 +1,7 @@
 """Which channels are dead: 0 behind their ReLU for every image.
 
-No gradient goes through a ReLU that is 0. Where all channels of a layer are dead, nothing before it learns, and what comes behind answers the same
-for all images; no learning rate and no loss brings that back.
+They are looked for in eval mode, with BatchNorm's running statistics. Where all channels of a layer are dead no image gets past it, and what comes behind
+answers the same for all. No gradient goes through a ReLU that is 0; but while a network trains BatchNorm uses the batch's statistics, and such a ReLU may open.
 """
 
 from __future__ import annotations

@@ -34,6 +34,15 @@ ROUNDING = 1e-12  # of second moments: less variance than that is none
 PLACES = 4  # at least, for every channel
 
 
+def enough_images(size: int) -> int:
+    """How many square images of a size in pixels are enough for the usual networks: larger ones have more places each.
+
+    >>> enough_images(224), enough_images(32)
+    (256, 2148)
+    """
+    return max(256, 2_200_000 // size**2)
+
+
 class TooFewImages(UserWarning):
     """Least squares had fewer images than some layers ask for.
 

@@ -194,12 +194,18 @@ def cliffs(curves: pd.DataFrame, title: str, columns: int = 3) -> Figure:
             ax.set_title(fill(way.replace(", distilled", " (distilled)"), 48), fontsize="small")
         for ax in panels.flat[len(ways) :]:
             ax.set_axis_off()
-        for ax in panels[-1]:
+        # The lowest of each column, also where the last row ends before.
+        for ax in panels.flat[max(len(ways) - columns, 0) : len(ways)]:
             ax.set_xlabel("thousand images seen")
+            ax.tick_params(labelbottom=True)
         for ax in panels[:, 0]:
             ax.set_ylabel("%")
-        handles, labels = panels.flat[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
+        drawn = {
+            label: line
+            for ax in panels.flat
+            for line, label in zip(*ax.get_legend_handles_labels(), strict=True)
+        }
+        figure.legend(drawn.values(), drawn, loc="outside lower center", ncols=3, frameon=False)
         figure.suptitle(title)
     return figure
 
@@ -210,14 +216,13 @@ def _cliff(ax: Axes, own: pd.DataFrame) -> None:
     share = recorded_shares(own).groupby("x", as_index=False)["y"].mean()
     now = own[own["metric"].isin(["fold_now_running", "fold_now"])].drop_duplicates("x", keep="last")
     ax.plot(accuracy["x"], accuracy["y"], color="#3d4650", lw=1.6, label="validation accuracy at its alpha")
-    ax.plot([], [], color="royalblue", marker="o", ms=4, lw=1.6, label="if it were folded now")
     if len(now):
-        ax.plot(now["x"], now["y"], color="royalblue", marker="o", ms=4, lw=1.6)
-    ax.plot(
-        [], [], color="goldenrod", ls="--", lw=1.2, label="share of the signal that is wide, mean over layers"
-    )
+        ax.plot(
+            now["x"], now["y"], color="royalblue", marker="o", ms=4, lw=1.6, label="if it were folded now"
+        )
     if len(share):
-        ax.plot(share["x"], share["y"], color="goldenrod", ls="--", lw=1.2)
+        label = "share of the signal that is wide, mean over layers"
+        ax.plot(share["x"], share["y"], color="goldenrod", ls="--", lw=1.2, label=label)
     last = accuracy.iloc[-1]
     ax.annotate(f"{last['y']:.1f}", (last["x"], last["y"]), xytext=(-3, 5), textcoords="offset points", ha="right",
                 fontsize="small", weight="bold")  # fmt: skip

@@ -46,7 +46,8 @@ class Plan:
         """What is left of the `parameters` or `multiply_adds`, as a share of the original."""
         return float(self.table[f"{cost}_folded"].sum() / self.table[cost].sum())
 
-    def __str__(self) -> str:
+    def totals(self) -> str:
+        """What is left of the whole network, a line each: parameters, multiply-adds, milliseconds if measured, keep_ratio, and how many layers stay wide."""
         t = self.table
         lines = [
             f"parameters     {t['parameters'].sum():>15,} -> {t['parameters_folded'].sum():>13,}  ({self.share('parameters'):.1%})",
@@ -61,7 +62,10 @@ class Plan:
         lines.append(f"keep_ratio     {self.keep_ratio}")
         wide = t[t["why_wide"] != ""]
         lines.append(f"{len(wide)} of {len(t)} layers keep all their channels")
-        return "\n".join([t.to_string(index=False), "", *lines])
+        return "\n".join(lines)
+
+    def __str__(self) -> str:
+        return f"{self.table.to_string(index=False)}\n\n{self.totals()}"
 
 
 def plan(

@@ -79,9 +79,9 @@ def stage_curves(curves: pd.DataFrame, title: str, fold_now: bool = False) -> Fi
             if fold_now:
                 points = own[own["metric"] == "fold_now"]
                 axes[2].plot(points["x"], points["percent"], color=color, marker="s", ms=6, ls="")
+                points = own[own["metric"].isin(["fold_now", "fold_now_running"])]
+                axes[2].plot(points["x"], points["percent"], color=LIGHT, lw=1, zorder=0)
         if fold_now:
-            points = curves[curves["metric"].isin(["fold_now", "fold_now_running"])]
-            axes[2].plot(points["start"] + points["step"], 100 * points["value"], color=LIGHT, lw=1, zorder=0)
             axes[2].set_title("Validation, if folded now")
         axes[0].set_title("Training")
         axes[1].set_title("Validation")
@@ -232,6 +232,11 @@ def save(figure: Figure, path: Path, description: str, sources: Any) -> Picture:
         write_bytes(path.with_name(f"{path.name}.{ending}"), content.getvalue())
     write_bytes(path.with_name(f"{path.name}.txt"), f"{description}\n".encode())
     return load(path)
+
+
+def is_saved(path: Path) -> bool:
+    """Whether `load` would find a picture there."""
+    return all(path.with_name(f"{path.name}.{ending}").is_file() for ending in ("png", "txt"))
 
 
 def load(path: Path) -> Picture:

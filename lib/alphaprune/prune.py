@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import textwrap
 import warnings
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -46,6 +48,19 @@ class Pruned:
     network: str
     certificate: Certificate
     table: pd.DataFrame
+
+    def layer(self, name: str) -> str:
+        """How a layer of the folded network prints, with all that is in it; `name` as of `get_submodule`, such as blocks.3."""
+        lines = self.network.splitlines()
+        for depth, part in enumerate(name.split("."), 1):
+            indent = "  " * depth
+            begins = [i for i, line in enumerate(lines) if line.startswith(f"{indent}({part}): ")]
+            if not begins:
+                raise UsageError(f"the folded network has no layer '{name}'")
+            lines = lines[begins[0] :]
+            # What holds others ends with a bracket of its own, in line with its name.
+            lines = lines[: lines.index(f"{indent})") + 1 if lines[0].endswith("(") else 1]
+        return textwrap.dedent("\n".join(lines))
 
 
 def prune(experiment: Experiment) -> Pruned:
@@ -114,10 +129,27 @@ def _prune(experiment: Experiment) -> Pruned:
         "certificate": asdict(certificate),
         "weights_sha256": digest,
         "data_checksum": experiment.data_checksum,
-        **provenance(experiment.root, _command(experiment)),
+        **provenance(experiment.root, fold_command(experiment)),
     }
     write_record(folder / "run.json", record)
     return Pruned(str(small), certificate, pd.DataFrame(rows, columns=COLUMNS))
+
+
+def side_by_side(networks: Mapping[str, Mapping[str, Pruned]]) -> pd.DataFrame:
+    """Original and folded networks in one table, a row a network.
+
+    Args:
+        networks: by a network's name what it was folded to, by way; all of a network from the same original.
+
+    Returns:
+        The columns `COLUMNS`; `network` is the name and, on a second line, "original" or the way.
+    """
+    rows = []
+    for name, ways in networks.items():
+        tables = {way: pruned.table.set_index("network") for way, pruned in ways.items()}
+        rows.append(next(iter(tables.values())).loc[[ORIGINAL]].assign(network=f"{name}\n{ORIGINAL}"))
+        rows += [t.loc[[FOLDED]].assign(network=f"{name}\n{way}") for way, t in tables.items()]
+    return pd.concat(rows, ignore_index=True)[COLUMNS]
 
 
 def folded(experiment: Experiment) -> tuple[nn.Module, Certificate]:
@@ -145,13 +177,14 @@ def pruned_provenance(experiment: Experiment) -> dict[str, Any]:
     own = of_records(
         experiment.root,
         [record] if record.is_file() else [],
-        _command(experiment),
+        fold_command(experiment),
         parameter_files(s.preset, s.experiment, experiment.root),
     )
     return merged([of.provenance(), own])
 
 
-def _command(experiment: Experiment) -> str:
+def fold_command(experiment: Experiment) -> str:
+    """The command that folds the experiment's final model."""
     s = experiment.settings
     file = f"params/{s.preset}/{s.experiment}.yaml"
     return papermill_command("03_fold_and_verify", file, experiment.changed)

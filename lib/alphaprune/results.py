@@ -7,13 +7,17 @@ from typing import Any
 
 import pandas as pd
 
+from alphaprune import plots
+from alphaprune.errors import UsageError
 from alphaprune.experiment import Experiment
 from alphaprune.provenance import merged
-from alphaprune.prune import load_pruned, pruned_provenance
+from alphaprune.prune import fold_command, load_pruned, pruned_provenance
 from alphaprune.settings import project_root
 
 TRAINED = ("week_before", "earlier_run", "fig1", "section21", "fig2", "fig3", "fig4")
 PRUNED = "pruned"
+# Of the report.
+FIGURES = ("figure1", "figure2", "figure3", "figure4", "overview", "pruned")
 
 
 class Results:
@@ -33,6 +37,40 @@ class Results:
     @property
     def folder(self) -> Path:
         return self.root / "results" / self.preset
+
+    def named(self, what: str) -> str:
+        """A name for what is made of all the experiments, see `Experiment.named`."""
+        return self.experiments["fig4"].named(what)
+
+    def figure(self, name: str) -> Path:
+        """Where a figure of all the experiments lies, without ending, see `Experiment.figure`."""
+        return self.experiments["fig4"].figure(name)
+
+    def check_trained(self) -> None:
+        """Raise UsageError, with the command that makes it, if a stage is not recorded."""
+        for name in TRAINED:
+            run = self.experiments[name]
+            for node in run.stages:
+                if why := run.why(node):
+                    raise self._missing(f"stage {node.name}: {why}", run.command)
+
+    def check_complete(self) -> None:
+        """The same also if the final model is not folded or a figure is not drawn."""
+        self.check_trained()
+        run = self.experiments[PRUNED]
+        fold, draw = fold_command(run), "papermill notebooks/04_figures.ipynb out.ipynb"
+        if self.pruned is None:
+            raise self._missing(f"{run.to_fold()} is not folded", fold)
+        for name in FIGURES:
+            if not plots.is_saved(self.figure(name)):
+                given = f"-p preset {self.preset} -p seed {run.settings.seed}"
+                command = fold if name == PRUNED else f"{draw} {given}"
+                raise self._missing(f"figure {self.named(name)} is not drawn", command)
+
+    def _missing(self, what: str, command: str) -> UsageError:
+        if not self.experiments[PRUNED].changed:  # what make runs
+            command = f"make reproduce-figures PRESET={self.preset}"
+        return UsageError(f"nothing to report yet ({what}); run {command}")
 
     def accuracy(self, name: str) -> float | None:
         """Percent by name: `<experiment>/<stage>` on validation, `pruned/<network>` on the test set; None if not run."""

@@ -47,10 +47,18 @@ class Stages:
     @property
     def label(self) -> str:
         """The experiment's name, and the settings that differ from its files: `fig4`, `fig4,seed=1`."""
+        return self.named(self.settings.experiment)
+
+    def named(self, what: str) -> str:
+        """A name for what is made of the experiment, which ends in the settings that differ from its files: `figure4`, `figure4,seed=1`."""
         files = load_settings(self.settings.preset, self.settings.experiment, self.root)
         changed = {k: v for k, v in self.settings if v != getattr(files, k)}
-        short = ",".join(f"{k}={v}" if isinstance(v, int | float) else k for k, v in sorted(changed.items()))
-        return f"{self.settings.experiment},{short}" if short else self.settings.experiment
+        short = (f"{k}={v}" if isinstance(v, int | float) else k for k, v in sorted(changed.items()))
+        return ",".join([what, *short])
+
+    def figure(self, name: str) -> Path:
+        """Where a figure of the experiment lies, without ending, so that other settings do not write over it."""
+        return self.root / "results" / self.settings.preset / "figures" / self.named(name)
 
     @property
     def changed(self) -> dict[str, Any]:
