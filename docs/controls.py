@@ -8,8 +8,8 @@ from pathlib import Path
 import pandas as pd
 import yaml
 
-from alphaprune.blend import falls
 from alphaprune.comparison import curves, original, summary
+from alphaprune.course import falls
 from alphaprune.method_plots import budget_curves, pareto
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -22,8 +22,6 @@ from alphaprune.parallel import ParallelModel
 from alphaprune.train import evaluate
 from alphaprune.widths import KeepRatio
 
-FOLD_NOW = ("fold_now_running", "fold_now")  # the second, at the end of a stage, is of its best weights
-WIDE_SHARE = "wide_share:"  # of a layer, as a metric in records
 # For a network that is not trained: where it is looked at; the first validation images, which it is scored on; the first
 # training images, which branches are fitted to and BatchNorm's statistics measured on.
 UNTRAINED_ALPHAS = (1, 0.9, 0.8, 0.6, 0.4, 0.2, 0.1, 0.05, 0.0)
@@ -125,59 +123,3 @@ def untrained_table(
         table = without_training(model, UNTRAINED_ALPHAS, seen, lambda probe: evaluate(probe, val)[1])
         tables.append(table.assign(init=init))
     return pd.concat(tables, ignore_index=True)
-
-
-def recorded_shares(curves: pd.DataFrame) -> pd.DataFrame:
-    """The shares that were measured while stages trained, one a row.
-
-    Args:
-        curves: columns metric and value and any others, as of `Experiment.curves` and `comparison.curves`.
-
-    Returns:
-        The rows of those measurements, with the column `layer`.
-    """
-    rows = curves[curves["metric"].str.startswith(WIDE_SHARE)]
-    return rows.assign(layer=rows["metric"].str.removeprefix(WIDE_SHARE))
-
-
-def falls(curves: pd.DataFrame) -> pd.DataFrame:
-    """What each way loses where alpha becomes 0.
-
-    Args:
-        curves: as of `comparison.curves`.
-
-    Returns:
-        A row a method, accuracies as shares of 1, NaN where nothing was measured: `blended` the best after training at the last alpha above 0, `fold_now` of the same
-        weights, `first_at_0` after the first epoch of which every step was at alpha 0, `reached` the best at alpha 0 of the last stage.
-    """
-    rows = []
-    for method, own in curves[curves["split"] == "val"].groupby("method", sort=False):
-        row = {"method": method} | dict.fromkeys(
-            ("blended", "fold_now", "first_at_0", "reached"), float("nan")
-        )
-        alphas = own["alpha"].fillna(0.0)  # a folded network has none
-        parts = [part for _, part in own.groupby([own["stage"], alphas], sort=False)]
-        above = [p for p in parts if p["alpha"].iloc[0] > 0]
-        at_0 = [p for p in parts if not p["alpha"].iloc[0] > 0]
-        begun = 0  # the epoch after which training at alpha 0 begins
-        if above:
-            last = above[-1]
-            trained = last[(last["metric"] == "accuracy") & (last["epoch"] > 0)]
-            row["blended"] = trained["value"].max()
-            row["fold_now"] = _last(last[last["metric"].isin(FOLD_NOW)])
-            if at_0 and at_0[0]["stage"].iloc[0] == last["stage"].iloc[0]:  # it fell within the stage
-                begun = at_0[0]["epoch"].min()
-        if at_0:
-            accuracy = at_0[0][at_0[0]["metric"] == "accuracy"]
-            row["first_at_0"] = _first(accuracy[accuracy["epoch"] > begun])
-            row["reached"] = at_0[-1][at_0[-1]["metric"] == "accuracy"]["value"].max()
-        rows.append(row)
-    return pd.DataFrame(rows)
-
-
-def _first(rows: pd.DataFrame) -> float:
-    return rows["value"].iloc[0] if len(rows) else float("nan")
-
-
-def _last(rows: pd.DataFrame) -> float:
-    return rows["value"].iloc[-1] if len(rows) else float("nan")

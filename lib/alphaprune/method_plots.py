@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
-from alphaprune.blend import recorded_shares
+from alphaprune.course import FOLD_NOW, recorded_shares
 from alphaprune.plots import STYLE
 
 FAMILIES = {
@@ -214,7 +214,7 @@ def _cliff(ax: Axes, own: pd.DataFrame) -> None:
     # In the order of training: where a stage ends and the next begins there are two, and the line falls or rises between them.
     accuracy = own[own["metric"] == "accuracy"]
     share = recorded_shares(own).groupby("x", as_index=False)["y"].mean()
-    now = own[own["metric"].isin(["fold_now_running", "fold_now"])].drop_duplicates("x", keep="last")
+    now = own[own["metric"].isin(FOLD_NOW)].drop_duplicates("x", keep="last")
     ax.plot(accuracy["x"], accuracy["y"], color="#3d4650", lw=1.6, label="validation accuracy at its alpha")
     if len(now):
         ax.plot(

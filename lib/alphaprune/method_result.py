@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from alphaprune import data
+from alphaprune.course import FOLD_NOW_RUNNING
 from alphaprune.errors import UsageError
 from alphaprune.experiment import Experiment
 from alphaprune.fold import Certificate, fold
@@ -38,7 +39,7 @@ def of_trained(of: Experiment) -> dict[str, Any]:
         write_record(final_file(of), measured | {"weights_sha256": of.record(last.name)["weights_sha256"]})
     begun = of.stage_history(of.stages[0].name)
     at_first = begun[(begun["split"] == "val") & (begun["epoch"] == 0)].set_index("metric")["value"]
-    start = at_first.get("fold_now_running", at_first["accuracy"])  # of what would be left
+    start = at_first.get(FOLD_NOW_RUNNING, at_first["accuracy"])  # of what would be left
     return {
         "start_accuracy": 100 * start,
         "images": sum(o["images"] for o in outcomes),

@@ -19,6 +19,7 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from alphaprune.course import FOLD_NOW, FOLD_NOW_AT_END
 from alphaprune.storage import write_bytes
 
 if TYPE_CHECKING:
@@ -77,9 +78,9 @@ def stage_curves(curves: pd.DataFrame, title: str, fold_now: bool = False) -> Fi
                     points["x"], points["percent"], color=color, lw=width, marker=marker, ms=3, label=label
                 )
             if fold_now:
-                points = own[own["metric"] == "fold_now"]
+                points = own[own["metric"] == FOLD_NOW_AT_END]
                 axes[2].plot(points["x"], points["percent"], color=color, marker="s", ms=6, ls="")
-                points = own[own["metric"].isin(["fold_now", "fold_now_running"])]
+                points = own[own["metric"].isin(FOLD_NOW)]
                 axes[2].plot(points["x"], points["percent"], color=LIGHT, lw=1, zorder=0)
         if fold_now:
             axes[2].set_title("Validation, if folded now")

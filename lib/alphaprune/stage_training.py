@@ -9,7 +9,8 @@ from typing import Any
 import pandas as pd
 
 from alphaprune import data as images
-from alphaprune.blend import WIDE_SHARE, wide_share
+from alphaprune.blend import wide_share
+from alphaprune.course import FOLD_NOW_AT_END, FOLD_NOW_RUNNING, WIDE_SHARE
 from alphaprune.identity import Node
 from alphaprune.interrupt import Interrupted
 from alphaprune.mending import remove_leftovers
@@ -64,7 +65,7 @@ def train_stage(of: Stages, node: Node, data: images.Dataset, progress: Progress
     def measure(epoch: int) -> dict[str, float]:
         if stage.alpha is None or epoch % s.fold_now_every:
             return {}
-        return {"fold_now_running": fold_now(), **share()}
+        return {FOLD_NOW_RUNNING: fold_now(), **share()}
 
     def anneal(done: float) -> bool:
         """Alpha as it is when a share of the stage is done; whether it is the stage's."""
@@ -83,9 +84,9 @@ def train_stage(of: Stages, node: Node, data: images.Dataset, progress: Progress
         anneal(1.0)  # also where it ended early
     metrics = {"val_accuracy": outcome.reached}
     if stage.alpha is not None:
-        metrics["fold_now"] = fold_now()
+        metrics[FOLD_NOW_AT_END] = fold_now()
         last = {"step": outcome.steps, "epoch": outcome.epochs, "split": "val"}
-        outcome.history.append(last | {"metric": "fold_now", "value": metrics["fold_now"]})
+        outcome.history.append(last | {"metric": FOLD_NOW_AT_END, "value": metrics[FOLD_NOW_AT_END]})
     digest = save_tensors(of.weights(node), model.state_dict())
     steps = s.max_epochs * s.recipe(stage).steps_an_epoch(len(train))
     table = pd.DataFrame(outcome.history).assign(experiment=s.experiment, stage=stage.name, lr=stage.lr)
