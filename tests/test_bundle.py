@@ -385,3 +385,23 @@ def test_random_numbers_go_on_as_if_nothing_had_been_saved(tmp_path):
     torch.manual_seed(3)
     save_bundle(network, tmp_path / "bundle", IMAGE, onnx=False)
     assert torch.equal(torch.rand(2), expected) and network.training
+
+
+class WithNone(nn.Module):
+    """Gives logits, and nothing beside them."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 6, 3), nn.Linear(6, 4)
+
+    def forward(self, x):
+        return self.head(torch.relu(self.conv(x)).mean((2, 3))), None
+
+
+def test_a_network_that_gives_nothing_beside_its_logits(tmp_path):
+    model = ParallelModel(WithNone(), 0.5, IMAGE)
+    model.alpha = 0.0
+    small, certificate = fold(model)
+    folder = save_bundle(small, tmp_path / "b", IMAGE, certificate)
+    logits, nothing = imported(folder).load()(IMAGE)
+    assert nothing is None and torch.equal(logits, small(IMAGE)[0])

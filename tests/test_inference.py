@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.utils._pytree import tree_flatten
 from torchvision.models import densenet121, mobilenet_v3_small, resnet18
 
 from alphaprune import ParallelModel, UsageError, fold, optimise_for_inference
@@ -260,3 +261,55 @@ def test_gradients_of_images_exporters_and_an_empty_batch_see_the_same_network(t
     again = torch.load(tmp_path / "fast.pt", weights_only=False)
     assert torch.equal(again(IMAGES), fast(IMAGES))
     assert fast(IMAGES[:0]).shape == (0, 10)
+
+
+def test_layers_of_one_and_three_dimensions_are_optimised():
+    for conv, norm, x in (
+        (nn.Conv3d, nn.BatchNorm3d, torch.randn(2, 3, 6, 6, 6)),
+        (nn.Conv1d, nn.BatchNorm1d, torch.randn(2, 3, 20)),
+    ):
+        network = nn.Sequential(conv(3, 4, 3), norm(4), nn.ReLU(), conv(4, 4, 1)).eval()
+        for dtype in (None, torch.bfloat16):
+            fast = optimise_for_inference(network, x, dtype)
+            assert batchnorms(fast) == 0
+            found, expected = fast(x), network(x)
+            assert float((found - expected).abs().max()) < (0.1 if dtype else 1e-5) * float(
+                expected.abs().max()
+            )
+
+
+class Several(nn.Module):
+    """What networks give beside one tensor."""
+
+    def __init__(self, form):
+        super().__init__()
+        self.conv, self.form = nn.Conv2d(3, 4, 3, padding=1), form
+
+    def forward(self, x):
+        return self.form(self.conv(x))
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda y: (y, None),
+        lambda y: y.chunk(2, 1),
+        lambda y: {"parts": y.chunk(2, 1), "best": y.max(1), "size": y.shape[2], "none": None},
+    ],
+)
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_outputs_may_hold_tuples_numbers_and_nothing(form, dtype, tmp_path):
+    torch.manual_seed(0)
+    network = Several(form).eval().requires_grad_(False)
+    fast = optimise_for_inference(network, IMAGES, dtype)
+    (found, like), (expected, same) = tree_flatten(fast(IMAGES)), tree_flatten(network(IMAGES))
+    assert like == same
+    for a, b in zip(found, expected, strict=True):
+        if isinstance(b, torch.Tensor) and b.is_floating_point():
+            assert a.dtype == b.dtype
+            assert float((a - b).abs().max()) < (0.1 if dtype else 1e-5) * float(b.abs().max())
+        else:
+            assert type(a) is type(b)
+    torch.save(fast, tmp_path / "fast.pt")
+    again = torch.load(tmp_path / "fast.pt", weights_only=False)
+    assert tree_flatten(again(IMAGES))[1] == same

@@ -13,6 +13,7 @@ from torch import nn
 
 from alphaprune import ParallelModel, UsageError, fold
 from alphaprune.initialise import TooFewImages
+from alphaprune.models import vgg16
 
 CASES = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 parts = st.lists(st.sampled_from(sorted(PARTS)), min_size=1, max_size=4)
@@ -203,3 +204,102 @@ def test_what_is_refused_and_what_is_said():
     assert {found["ridge"] for found in model.least_squares.values()} == {
         1e-4
     }  # twice as many, as more are alive
+
+
+class Groups(nn.Module):
+    """A grouped convolution of which one group reads 8 living channels and the other 1, in this order or the other."""
+
+    def __init__(self, order, seed):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.first, self.before = nn.Conv2d(2, 12, 1), nn.Conv2d(12, 16, 1)
+        self.grouped, self.head = nn.Conv2d(16, 16, 1, groups=2), nn.Linear(16, 5)
+        with torch.no_grad():
+            self.before.bias[:9] += 1.0
+            self.before.bias[9:] = -100.0
+            for t in (*self.before.parameters(), *self.grouped.parameters()):
+                t.copy_(torch.cat([t.chunk(2)[i] for i in order]))
+
+    def forward(self, x):
+        x = torch.relu(self.before(torch.relu(self.first(x))))
+        return self.head(torch.relu(self.grouped(x)).mean((2, 3)))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_too_few_images_for_one_group_are_not_too_few_for_the_next(seed):
+    x = torch.randn(14, 2, 1, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    found = []
+    for order in ((0, 1), (1, 0)):
+        network = Groups(order, seed).double().eval()
+        with pytest.warns(TooFewImages):
+            model = ParallelModel(
+                network, {"first": 0.25, "before": 0.5}, x[:2], init="least_squares", images=x
+            )
+        found.append(model.least_squares["grouped"])
+    assert found[0]["ridge"] == found[1]["ridge"] == 1.0
+    assert found[0]["unread"] == pytest.approx(found[1]["unread"], rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("value", [0.1, 0.3, 7.3])
+def test_a_layer_that_does_not_vary_is_left_as_selection_has_it(dtype, value):
+    torch.manual_seed(0)
+    network = nn.Sequential(
+        nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.ReLU(), nn.Conv2d(16, 8, 3), nn.Flatten(),
+        nn.LazyLinear(5),
+    )  # fmt: skip
+    x = torch.randn(300, 3, 16, 16)
+    network(x[:1])
+    with torch.no_grad():
+        network[0].bias.fill_(-100.0)
+        network[2].bias.copy_(value * torch.arange(1, 17))
+    network, x = network.to(dtype).eval(), x.to(dtype)
+    fitted, selected = (
+        ParallelModel(network, 0.5, x[:2], init=i, images=x) for i in ("least_squares", "select")
+    )
+    for m in fitted.mixers:
+        if m.name in ("2", "4"):
+            assert torch.equal(fitted.reduce[m.key].weight, selected.reduce[m.key].weight), m.name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_in_16_bits_the_moments_are_formed_in_32(dtype):
+    torch.manual_seed(0)
+    network, x = vgg16(0.125), torch.randn(200, 3, 32, 32)
+    scramble(network, 0)
+    reached = {}
+    for kind in (torch.float32, dtype):
+        model = ParallelModel(
+            network.to(kind).eval(), 0.5, x[:2].to(kind), init="least_squares", images=x.to(kind)
+        )
+        reached[kind] = {name: (f["unread"], f.get("lost", 0.0)) for name, f in model.least_squares.items()}
+    for name, whole in reached[torch.float32].items():
+        assert reached[dtype][name] == pytest.approx(whole, rel=0.1, abs=0.01), name
+
+
+class Two(nn.Module):
+    """Two inputs of the same shape."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.head = nn.Conv2d(3, 6, 3), nn.Conv2d(3, 6, 3), nn.Linear(6, 4)
+
+    def forward(self, x, y):
+        return self.head(torch.relu(self.a(x) + self.b(y)).mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (lambda x: x, "images hold 1 input, example_input 2; give as many"),
+        (lambda x: (x, x, x), "images hold 3 inputs, example_input 2; give as many"),
+        (lambda x: (x, x[:3]), r"images hold 8 and 3 images; give as many of each"),
+        (lambda x: (x, x.to("meta")), "images are on meta, example_input on cpu; move one to the other"),
+    ],
+)
+def test_images_like_the_example(images, message):
+    x = torch.randn(8, 3, 8, 8)
+    with pytest.raises(UsageError, match=message) as caught:
+        ParallelModel(Two(), 0.5, (x[:2], x[:2]), init="select", images=images(x))
+    assert "\n" not in str(caught.value)
+    assert ParallelModel(Two(), 0.5, (x[:2], x[:2]), init="select", images=(x, x)).keep_ratio == 0.5

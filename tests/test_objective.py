@@ -172,3 +172,48 @@ def test_a_teacher_is_a_frozen_copy():
         dataclasses.replace(Objective(), distill=0.1).needs_teacher
         and not Objective(alongside=1.0).needs_teacher
     )
+
+
+def test_a_teacher_may_hold_layers_of_three_dimensions():
+    network = nn.Sequential(nn.Conv3d(3, 4, 3), nn.Flatten(), nn.LazyLinear(5))
+    x = torch.randn(2, 3, 6, 6, 6)
+    expected = network(x)
+    teacher = Teacher(network).to(torch.device("cpu"))
+    torch.testing.assert_close(teacher(x)[0], expected)
+
+
+class ReadThenOverwritten(nn.Module):
+    """What a mixer reads is overwritten behind it: by a layer, a function or a method, directly or by a view."""
+
+    def __init__(self, overwrite):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 6, 3, padding=1)
+        self.relu, self.head, self.overwrite = nn.ReLU(inplace=True), nn.Linear(6, 10), overwrite
+
+    def forward(self, x):
+        x = self.first(x)
+        z = self.second(x)
+        return self.head((z + self.overwrite(self, x)).mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    "overwrite",
+    [
+        lambda self, x: self.relu(x),
+        lambda self, x: F.relu(x, inplace=True),
+        lambda self, x: x.relu_(),
+        lambda self, x: x.flatten(2).relu_().view(x.shape),
+        lambda self, x: torch.relu(x),
+    ],
+    ids=["layer", "function", "method", "view", "not at all"],
+)
+def test_what_a_layer_in_place_overwrites_is_matched_as_it_was_read(overwrite):
+    torch.manual_seed(0)
+    teacher = ReadThenOverwritten(overwrite).eval()
+    made = ParallelModel(teacher, 1.0, IMAGES[:2]).eval()
+    asked = Teacher(teacher, made.structure)
+    logits, read = asked(IMAGES)
+    expected = teacher.first(IMAGES)
+    (key,) = {m.source for m in made.mixers if m.name == "second"}
+    torch.testing.assert_close(read[key], expected)
+    torch.testing.assert_close(logits, teacher(IMAGES))

@@ -1,5 +1,6 @@
 """Widths by sensitivity: never dearer than uniform ones, wide where narrowing hurts."""
 
+import warnings
 from random import Random as Draws
 
 import pytest
@@ -43,9 +44,10 @@ def test_never_more_than_uniform_and_ties_are_kept(parts, keep_ratio, round_to, 
     chosen = plan(network, ratios, x, latency=False)
     for cost in ("multiply_adds", "parameters"):
         assert chosen.share(cost) <= uniform.share(cost)
-    for group in found if round_to == 1 else ():
-        assert len({ratios[name] for name in group.split(", ")}) == 1
     model = ParallelModel(network, ratios, x)
+    wide = {m.name: len(m.ids) for m in model.mixers}
+    for group in found if round_to == 1 else ():  # one ratio a group, but a channel at least in each layer
+        assert len({ratios[n] for n in group.split(", ") if ratios[n] * wide[n] > 1.5}) <= 1
     assert model.keep_ratio == ratios
     kept = [(len(model.widths.positions(m.ids)), len(m.ids)) for m in model.mixers if m.name in ratios]
     assert all(k % round_to == 0 or k == c for k, c in kept), kept
@@ -99,3 +101,68 @@ def test_tied_layers_are_one_group():
     assert lines[0].startswith(f"[1/{len(groups)}] {', '.join(groups[0])}: damage ")
     assert ["conv", "blocks.0.conv2", "blocks.1.conv2", "blocks.2.conv2"] in groups
     assert sum(map(len, groups)) == 21  # 19 convolutions of 3 x 3 and two shortcuts; the classifier stays
+
+
+class Uneven(nn.Module):
+    """Layers of 4, 60 and 64 channels that are tied."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = (nn.Conv2d(3, c, 3, padding=1) for c in (4, 60, 64))
+        self.next, self.head = nn.Conv2d(64, 48, 3, padding=1), nn.Linear(48, 5)
+
+    def forward(self, x):
+        x = torch.relu(torch.cat((self.a(x), self.b(x)), 1) + self.c(x))
+        return self.head(torch.relu(self.next(x)).mean((2, 3)))
+
+
+@pytest.mark.parametrize("keep_ratio", [0.1, 0.3, 0.6])
+@pytest.mark.parametrize("round_to", [1, 4])
+def test_tied_layers_of_different_widths_cost_no_more_either(keep_ratio, round_to):
+    network, x = Uneven().eval(), torch.randn(1, 3, 8, 8)
+    damage = {"a, b, c": {0.2: 3.0, 0.5: 1.0}, "next": {0.2: 0.3, 0.5: 0.1}}
+    ratios = allot(network, damage, keep_ratio, x, round_to=round_to)
+    chosen = plan(network, ratios, x, latency=False)
+    one = {name: max(keep_ratio, 0.3) if name == "a" else keep_ratio for name in ratios}
+    uniform = plan(network, one, x, latency=False)
+    for cost in ("multiply_adds", "parameters"):
+        assert 0.75 * uniform.share(cost) < chosen.share(cost) <= uniform.share(cost)
+
+
+def test_a_layer_of_49_channels_keeps_one_at_a_small_ratio():
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 49, 3), nn.ReLU(), nn.Flatten(), nn.Linear(49 * 36, 4)).eval()
+    found = damages(network, torch.randn(60, 3, 8, 8), ratios=(0.01, 0.5))
+    assert found.keys() == {"0"} and found["0"][0.01] > found["0"][0.5]
+    ratios = allot(network, found, 0.015, torch.randn(1, 3, 8, 8))
+    assert plan(network, ratios, torch.randn(1, 3, 8, 8), latency=False).table["out_folded"].tolist() == [
+        1,
+        4,
+    ]
+
+
+def test_warnings_keep_their_kind_and_are_said_also_if_measuring_fails():
+    network, x = resnet20(0.5).eval(), torch.randn(3, 3, 32, 32)
+
+    def fails(line: str) -> None:
+        warnings.warn("old", DeprecationWarning, stacklevel=1)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), pytest.warns(TooFewImages) as said:
+        damages(network, x, ratios=(0.5,), say=fails)
+    assert {w.category for w in said} == {TooFewImages, DeprecationWarning}
+
+
+def test_the_images_needed_are_the_most_that_any_width_needs():
+    torch.manual_seed(0)
+    network = nn.Sequential(
+        nn.Linear(6, 40), nn.ReLU(), nn.Linear(40, 30), nn.ReLU(), nn.Linear(30, 3)
+    ).eval()
+    x = torch.randn(20, 6)
+    needed = []
+    for ratios in ((0.9, 0.2), (0.9,)):
+        with pytest.warns(TooFewImages) as said:
+            damages(network, x, ratios=ratios)
+        needed.append(said[0].message.needed)
+    assert needed[0].keys() >= needed[1].keys()
+    assert all(needed[0][name] >= n for name, n in needed[1].items())

@@ -67,6 +67,7 @@ def put(project, **changed):
 
 STAGES = [{"alpha": 0.5, "lr": 0.001, "from": "base"}]
 STAGE = STAGES[0]
+ADAPTIVE = {"lr": 0.001, "from": "a0.5-lr0.001"}
 BAD = {
     "misspelt key": ({"keepratio": 0.5}, r"fig4\.yaml: parameter 'keepratio' is unknown; did you mean 'keep_ratio'\?"),
     "unknown key": ({"zzz": 1}, r"'zzz' is unknown; known are: preset"),
@@ -95,6 +96,9 @@ BAD = {
     "schedule of nothing": ({"stages": [{"schedule": "listed", "by": [], "lr": 0.1, "from": "base"}]}, r"fig4\.yaml: stages\.0\.by: a listed schedule needs"),
     "schedule by 0": ({"stages": [{"schedule": "step", "by": 0, "lr": 0.1, "from": "base"}]}, r"stages\.0\.by"),
     "nothing trains": ({"stages": [STAGE | {"alpha": 1.0, "train_wide": False}]}, r"trains nothing"),
+    "adaptive, nothing trains": ({"adaptive": ADAPTIVE | {"draw": "bernoulli", "train_wide": False}}, r"fig4\.yaml: adaptive: .*draw: bernoulli with train_wide false trains nothing"),
+    "adaptive skips with branches": ({"anneal": "skips", "adaptive": ADAPTIVE | {"alongside": 1.0}}, r"fig4\.yaml: .*anneal: skips has no branches, which alongside needs"),
+    "adaptive skips that train alone": ({"anneal": "skips", "adaptive": ADAPTIVE | {"train_wide": False}}, r"fig4\.yaml: .*anneal: skips has no branches that could train alone"),
     "another name": ({"experiment": "fig3"}, r"must be 'smoke' and 'fig4'"),
     "stages of nobody": ({"stages_of": "nobody"}, r"stages_of: .* does not exist"),
     "parent that does not exist": ({"stages": [STAGE | {"from": "a0.7"}]}, r"has no stage 'a0\.7', which fig4/a0\.5-lr0\.001 starts from; it has: a0\.5"),

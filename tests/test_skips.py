@@ -117,3 +117,47 @@ def test_parallel_branches_of_equal_length_are_no_shortcut():
 
     with pytest.raises(UsageError, match="Two has no shortcut"):
         SkipModel(Two(), IMAGES)
+
+
+def test_shortcuts_that_start_at_a_sum():
+    class Chain(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.f, self.g, self.h = (nn.Conv2d(3, 3, 3, padding=1) for _ in range(3))
+
+        def forward(self, x):
+            x = x + self.f(x)
+            x = x + self.g(x)
+            return torch.add(self.h(x), x)
+
+    torch.manual_seed(0)
+    network, x = Chain().double().eval(), torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    model = SkipModel(network, x).eval()
+    assert len(model.shortcuts) == 3 and torch.equal(model(x), network(x))
+    model.alpha = 0.3
+    expected = x
+    for layer in (network.f, network.g, network.h):
+        expected = layer(expected) + 0.3 * expected
+    torch.testing.assert_close(model(x), expected)
+    model.alpha = 0.0
+    plain, certificate = remove_skips(model, x)
+    assert certificate.exact
+    torch.testing.assert_close(plain(x), network.h(network.g(network.f(x))))
+
+
+def test_a_sum_whose_shortcut_is_its_own_main_path():
+    class Again(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.s = (nn.Conv2d(3, 3, 3, padding=1) for _ in range(3))
+
+        def forward(self, x):
+            y = self.b(self.a(x))
+            return (y + self.s(x)) + y
+
+    network, x = Again().double().eval(), torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    model = SkipModel(network, x).eval()
+    y, s = network.b(network.a(x)), network.s(x)
+    for alpha in (1.0, 0.5, 0.0):
+        model.alpha = alpha
+        torch.testing.assert_close(model(x), y + alpha * s + alpha * y)

@@ -13,6 +13,16 @@ from torch.utils._pytree import tree_flatten
 from alphaprune.errors import UsageError
 
 
+def tensors(output: Any) -> list[Tensor]:
+    """The tensors in what a network gives, in order; None and numbers beside them are left out."""
+    return [t for t in tree_flatten(output)[0] if isinstance(t, Tensor)]
+
+
+def real_tensors(output: Any) -> list[Tensor]:
+    """Those that hold floating-point numbers."""
+    return [t for t in tensors(output) if t.is_floating_point()]
+
+
 def run(network: nn.Module, inputs: tuple[Tensor, ...], what: str) -> list[Tensor]:
     """The tensors that a network gives, in order.
 
@@ -20,7 +30,7 @@ def run(network: nn.Module, inputs: tuple[Tensor, ...], what: str) -> list[Tenso
         UsageError: if it does not take the inputs; `what` is its name in the text.
     """
     try:  # cloned, since a network may change its input in place
-        return tree_flatten(network(*(x.clone() for x in inputs)))[0]
+        return tensors(network(*(x.clone() for x in inputs)))
     except Exception as e:
         shapes = ", ".join(f"{tuple(x.shape)} {x.dtype}" for x in inputs)
         raise UsageError(
@@ -44,7 +54,7 @@ def first_difference(
     """The first layer, in the order of computation, behind which two networks differ; nothing if it is not known."""
     seen = [_behind_layers(each, inputs) for each in (network, loaded)]
     for name, value in seen[0].items():
-        if name in seen[1] and not close(tree_flatten(seen[1][name])[0], tree_flatten(value)[0], tolerance):
+        if name in seen[1] and not close(tensors(seen[1][name]), tensors(value), tolerance):
             return f", first behind '{name}' ({type(network.get_submodule(name)).__name__})"
     return ""
 

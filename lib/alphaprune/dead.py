@@ -6,6 +6,7 @@ answers the same for all. No gradient goes through a ReLU that is 0; but while a
 
 from __future__ import annotations
 
+from collections import Counter
 from functools import partial
 from typing import Any
 
@@ -28,8 +29,12 @@ def dead_channels(network: nn.Module, images: Tensor) -> pd.DataFrame:
         A row a ReLU in the order of computation: `layer`, its name, and `dead`, in [0, 1].
     """
     alive: dict[str, Tensor] = {}
+    calls: Counter[str] = Counter()  # of this batch
 
     def look(name: str, _: nn.Module, __: Any, out: Tensor) -> None:
+        calls[name] += 1
+        if calls[name] > 1:  # one module in several places: "relu", "relu:2" and so on
+            name = f"{name}:{calls[name]}"
         some = (out.transpose(0, 1).flatten(1) > 0).any(1)
         alive[name] = alive.get(name, torch.zeros_like(some)) | some
 
@@ -38,6 +43,7 @@ def dead_channels(network: nn.Module, images: Tensor) -> pd.DataFrame:
     try:
         with in_eval_mode(network):
             for batch in images.split(250):
+                calls.clear()
                 network(batch)
     finally:
         for hook in hooks:

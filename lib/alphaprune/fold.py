@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten
 
 from alphaprune.channel_map import compose, compose_bias
+from alphaprune.compare import real_tensors
 from alphaprune.errors import UsageError
+from alphaprune.exact import full_float32
 from alphaprune.graph import Mixer, attribute
 from alphaprune.modes import in_eval_mode
 from alphaprune.parallel import ParallelModel
@@ -203,7 +204,7 @@ def _certify(model: ParallelModel, small: nn.Module, images: tuple[Tensor, ...])
         if m.name != m.weight
     ]
     try:
-        with in_eval_mode(model, small):
+        with in_eval_mode(model, small), full_float32():
             output, narrow = _run(model, images)
             folded = small(*images)
     finally:
@@ -215,7 +216,7 @@ def _certify(model: ParallelModel, small: nn.Module, images: tuple[Tensor, ...])
         for name, z in narrow.items()
         if name in found
     )
-    return compare(small, tensors(output), tensors(folded), layers, len(images[0]), model.alpha)
+    return compare(small, real_tensors(output), real_tensors(folded), layers, len(images[0]), model.alpha)
 
 
 def _run(model: ParallelModel, images: tuple[Tensor, ...]) -> tuple[Any, dict[str, Tensor]]:
@@ -256,11 +257,6 @@ def compare(
         alpha=alpha,
         weights_sha256=hashlib.sha256(as_bytes(weights)).hexdigest(),
     )
-
-
-def tensors(output: Any) -> list[Tensor]:
-    """The tensors of floating-point numbers in what a network gives."""
-    return [t for t in tree_flatten(output)[0] if isinstance(t, Tensor) and t.is_floating_point()]
 
 
 def _agreement(outputs: list[Tensor], folded: list[Tensor]) -> float:

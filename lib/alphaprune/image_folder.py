@@ -14,9 +14,9 @@ from torchvision.datasets import ImageFolder
 from alphaprune.data import VALIDATION_SEED, Dataset, Split
 from alphaprune.errors import UsageError, shown
 
-# Of the images that torchvision's pretrained networks were trained on, in units of 0..1.
 LARGEST_SIDE = 4096
 LONGEST = 50  # sides of an image: the longer one by the shorter; scaling what is narrower takes gigabytes
+# Of the images that torchvision's pretrained networks were trained on, in units of 0..1.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 

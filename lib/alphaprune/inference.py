@@ -11,13 +11,17 @@ other order of the numbers, with the ReLU behind a convolution in one kernel wit
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.experimental.optimization import fuse
+from torch.utils._pytree import tree_map
 
-from alphaprune.compare import close, run
+from alphaprune.compare import close, real_tensors, run
 from alphaprune.errors import UsageError
+from alphaprune.exact import full_float32
+from alphaprune.memory_format import channels_last
 from alphaprune.one_kernel import in_one_kernel
 from alphaprune.trace import Trace, as_inputs, check_network, trace
 
@@ -27,6 +31,7 @@ TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-2, tor
 
 
 @torch.no_grad()
+@full_float32()
 def optimise_for_inference(
     network: nn.Module, example_input: Tensor | tuple[Tensor, ...], dtype: torch.dtype | None = None
 ) -> nn.Module:
@@ -71,11 +76,11 @@ def optimise_for_inference(
     _layer_a_call(fast)
     _convert_at_the_ends(fast, traced, dtype or before, before)
     fast = fuse(fast, no_trace=True)
-    fast = fast.to(dtype or before, memory_format=torch.channels_last).eval().requires_grad_(False)
+    fast = channels_last(fast.to(dtype or before)).eval().requires_grad_(False)
     in_one_kernel(fast)
     tolerance = max(TOLERANCE[dtype or before], TOLERANCE[before])
     found, expected = (
-        [t for t in run(n, inputs, what) if t.is_floating_point()]
+        real_tensors(run(n, inputs, what))
         for n, what in (
             (fast, "the optimised network"),
             (copy.deepcopy(network).eval(), type(network).__name__),
@@ -119,11 +124,18 @@ def _convert_at_the_ends(
         elif node.op == "output" and dtype != before:
             with graph.inserting_before(node):
                 node.args = fx.node.map_arg(
-                    node.args,
-                    lambda n: (
-                        graph.call_method("to", (n,), {"dtype": before})
-                        if traced.values[n.name].is_floating_point()
-                        else n
-                    ),
+                    node.args, lambda n: _back(graph, n, traced.values[n.name], before)
                 )
     network.recompile()
+
+
+def _back(graph: fx.Graph, node: fx.Node, value: Any, dtype: torch.dtype) -> fx.Node:
+    """A node of the output, brought back to the type it had."""
+    if isinstance(value, Tensor):
+        return graph.call_method("to", (node,), {"dtype": dtype}) if value.is_floating_point() else node
+    return graph.call_function(_leaves_to, (node, dtype)) if real_tensors(value) else node
+
+
+def _leaves_to(output: Any, dtype: torch.dtype) -> Any:
+    """What several tensors are given in, such as the tuple of a chunk, with those of floating-point numbers in this type."""
+    return tree_map(lambda t: t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() else t, output)

@@ -23,14 +23,16 @@ import torch
 from torch import Tensor, fx, nn
 
 from alphaprune.channel_map import compose
+from alphaprune.exact import full_float32
 from alphaprune.graph import Mixer, Structure, attribute
 from alphaprune.modes import in_eval_mode
 from alphaprune.recipe import RIDGE
-from alphaprune.selection import Inputs, rows
+from alphaprune.selection import Inputs, moments, rows
 from alphaprune.widths import Widths
 
 LARGER_RIDGE = 1.0  # at least, where there are too few images
-ROUNDING = 1e-12  # of second moments: less variance than that is none
+# Of second moments, by the type they are formed in: less variance than that is none.
+ROUNDING = {torch.float64: 1e-12, torch.float32: 1e-5}
 PLACES = 4  # at least, for every channel
 
 
@@ -126,7 +128,7 @@ def fit_branches(model: Lockstep, batches: Sequence[Inputs], ridge: float = RIDG
     report: dict[str, Any] = {}
     last = {n: node for node in trace.nodes for n in node.all_input_nodes}  # who reads it last
     inputs = [n for n in trace.nodes if n.op == "placeholder"]
-    with in_eval_mode(model):
+    with in_eval_mode(model), full_float32():
         for node in trace.nodes:
             mixer = own.mixers.get(node.name)
             if node.op == "output":
@@ -206,36 +208,38 @@ def _regress(
             R does better without (quarter-width VGG-16, 2,000 images, alpha 0: 49 % against 44 %).
 
     Returns:
-        The share of Y's second moments that M X does not reach, the ridge used, a larger one where places are too few, and the
-        places for each channel of X that is not always 0, infinite where all are.
+        The share of Y's second moments that M X does not reach; the largest ridge used, as a group whose places are too
+        few has a larger one; and the places for each channel of X that is not always 0, infinite where all are.
     """
     outputs, inputs = len(weight), weight.shape[1] * groups
     a, b = (torch.zeros(n, inputs, dtype=torch.float64, device=weight.device) for n in (inputs, outputs))
     total, places = 0.0, sum(len(x) for _, x in pairs)
     mean_y, mean_x = (sum(t[i].double().sum(0) for t in pairs) / places for i in (0, 1))
     for y, x in pairs:
-        a += (x.T @ x).double()
-        b += (y.T @ x).double()
+        a += moments(x, x)
+        b += moments(y, x)
         total += y.double().square().sum().item()
     uncentred = a.diagonal().clone()
     if centred:
         a -= places * torch.outer(mean_x, mean_x)
         b -= places * torch.outer(mean_y, mean_x)
         total -= places * mean_y.square().sum().item()
-    left, fewest = total, math.inf
+    rounding = ROUNDING[torch.promote_types(pairs[0][1].dtype, torch.float32)]
+    left, fewest, largest = total, math.inf, ridge
     for g in range(groups):
         of_y, of_x = (slice(g * n // groups, (g + 1) * n // groups) for n in (outputs, inputs))
         start, own, cross = weight[of_y].double(), a[of_x, of_x], b[of_y, of_x]
         # A channel that is always 0 does no harm; others must be independent, which takes places enough.
         alive = own.diagonal() > 0
-        if places < PLACES * (living := int(alive.sum())):
-            ridge = max(ridge, LARGER_RIDGE)
+        scarce = places < PLACES * (living := int(alive.sum()))
+        own_ridge = max(ridge, LARGER_RIDGE) if scarce else ridge
+        largest = max(largest, own_ridge)
         fewest = min(fewest, places / living if living else math.inf)
         scale = own.diagonal().mean()
-        if scale <= ROUNDING * uncentred[of_x].mean():  # nothing varies, and any map will do
+        if scale <= rounding * uncentred[of_x].mean():  # nothing varies, and any map will do
             continue
-        damped = own + ridge * scale * torch.eye(len(own), dtype=own.dtype, device=own.device)
+        damped = own + own_ridge * scale * torch.eye(len(own), dtype=own.dtype, device=own.device)
         fitted = start + torch.linalg.solve(damped, (cross - start @ own).T).T
         weight[of_y] = fitted.to(weight)
         left += ((fitted @ own) * fitted).sum().item() - 2 * (fitted * cross).sum().item()
-    return (max(left, 0.0) / total if total else 0.0), ridge, fewest
+    return (max(left, 0.0) / total if total else 0.0), largest, fewest

@@ -20,8 +20,11 @@ from torch.nn import functional as F
 
 from alphaprune.errors import UsageError
 from alphaprune.graph import Structure
+from alphaprune.memory_format import channels_last
 from alphaprune.parallel import ParallelModel
 from alphaprune.recipe import Draw, Objective
+from alphaprune.trace import layers_in_place
+from alphaprune.widths import call
 
 
 class Teacher:
@@ -36,11 +39,13 @@ class Teacher:
         self.network = copy.deepcopy(network).eval().requires_grad_(False)
         self.sources: set[str] = set()
         if structure is not None:
+            for name in layers_in_place(self.network):  # what a mixer has read must stay as it was
+                self.network.get_submodule(name).inplace = False
             self.sources = {m.source for m in structure.mixers.values()}
             self.graph = fx.GraphModule(self.network, structure.trace.graphs[False])
 
     def to(self, device: torch.device) -> Teacher:
-        self.network.to(device, memory_format=torch.channels_last)
+        channels_last(self.network.to(device))
         return self
 
     @torch.no_grad()
@@ -53,7 +58,10 @@ class Teacher:
 
         class Observer(fx.Interpreter):
             def run_node(self, node: fx.Node) -> Any:
-                value = super().run_node(node)
+                if node.op in ("call_function", "call_method"):
+                    value = call(node, None, *self.fetch_args_kwargs_from_env(node))  # out of place
+                else:
+                    value = super().run_node(node)
                 if node.name in sources:
                     read[node.name] = value
                 return value

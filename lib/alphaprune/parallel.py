@@ -25,10 +25,11 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
-from torch.utils._pytree import tree_flatten
 
 from alphaprune.channel_map import ChannelMap, compose, compose_bias
+from alphaprune.compare import real_tensors
 from alphaprune.errors import UsageError
+from alphaprune.exact import full_float32
 from alphaprune.graph import ChannelLayer, Mixer, attribute, read
 from alphaprune.initialise import fit_branches, put_back
 from alphaprune.modes import in_eval_mode
@@ -218,11 +219,10 @@ class ParallelModel(nn.Module):
     @torch.no_grad()
     def _check_same_function(self, network: nn.Module) -> None:
         """At alpha = 1 this is the network; that shows that the trace is right."""
-        with in_eval_mode(network, self):
-            outputs = (f(*self.example_input) for f in (network, self))
-            expected, found = ([t for t in tree_flatten(y)[0] if isinstance(t, Tensor)] for y in outputs)
+        with in_eval_mode(network, self), full_float32():
+            expected, found = (real_tensors(f(*self.example_input)) for f in (network, self))
         for a, b in zip(expected, found, strict=True):
-            if a.is_meta or not a.is_floating_point():
+            if a.is_meta:
                 continue
             if a.shape != b.shape or not torch.allclose(
                 a, b, rtol=1e-3, atol=1e-3 * float(a.abs().max()), equal_nan=True
@@ -435,9 +435,18 @@ def _check_init(
         raise UsageError("init='least_squares' needs images; pass a few thousand of the training images")
     if images is None:
         return None
-    for x, like in zip(as_inputs(images), example, strict=False):
+    given = as_inputs(images)
+    if len(given) != len(example):
+        raise UsageError(
+            f"images hold {len(given)} input{'s' * (len(given) != 1)}, example_input {len(example)}; give as many, a tuple of tensors"
+        )
+    for x, like in zip(given, example, strict=True):
         if not isinstance(x, Tensor):
             raise UsageError(f"images is a {type(x).__name__}; give a tensor, torch.cat of some batches")
+        if x.device != like.device:
+            raise UsageError(
+                f"images are on {x.device}, example_input on {like.device}; move one to the other"
+            )
         if x.shape[1:2] != like.shape[1:2] or x.dim() != like.dim() or x.dtype != like.dtype or not len(x):
             expected = f"(N, {', '.join(str(n) for n in like.shape[1:])}) {like.dtype}"
             raise UsageError(
@@ -445,7 +454,11 @@ def _check_init(
             )
         if x.is_floating_point() and not x.isfinite().all():
             raise UsageError("images hold NaN or infinite numbers; leave those out")
-    return list(zip(*(x.detach().split(INITIAL_BATCH) for x in as_inputs(images)), strict=True))
+    if len({len(x) for x in given}) > 1:
+        raise UsageError(
+            f"images hold {' and '.join(str(len(x)) for x in given)} images; give as many of each"
+        )
+    return list(zip(*(x.detach().split(INITIAL_BATCH) for x in given), strict=True))
 
 
 def narrowed(layer: nn.Module, kept: Tensor) -> nn.Module:

@@ -21,6 +21,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, fx
 
+from alphaprune.exact import full_float32
 from alphaprune.graph import Mixer, Structure, attribute
 from alphaprune.modes import in_eval_mode
 from alphaprune.widths import Widths
@@ -60,6 +61,12 @@ def rows(x: Tensor, mixer: Mixer, channels: int) -> Tensor:
     return entries.movedim(-2, -1).reshape(-1, channels)
 
 
+def moments(y: Tensor, x: Tensor) -> Tensor:
+    """Y^T X as float64, formed in the type of what is read, but not in fewer than 32 bits."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return (y.to(dtype).T @ x.to(dtype)).double()
+
+
 def _second_moments(s: Structure, batches: Iterable[Inputs]) -> dict[str, Tensor]:
     """X^T X of what each mixer reads that is narrowed, (C, C), by the mixer's key."""
     readers = defaultdict(list)
@@ -73,11 +80,11 @@ def _second_moments(s: Structure, batches: Iterable[Inputs]) -> dict[str, Tensor
             value = super().run_node(node)
             for m in readers[node.name]:
                 x = rows(value, m, m.reads.channels)
-                sums[m.key] = sums.get(m.key, 0) + (x.T @ x).double()
+                sums[m.key] = sums.get(m.key, 0) + moments(x, x)
             return value
 
     network = s.trace.network
-    with torch.no_grad(), in_eval_mode(network):
+    with torch.no_grad(), in_eval_mode(network), full_float32():
         observer = Observer(fx.GraphModule(network, s.trace.graphs[False]))
         for inputs in batches:
             observer.run(*inputs)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 import random
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -59,17 +59,26 @@ def damages(
         say: takes a line of progress a group; it takes minutes.
 
     Returns:
-        By group, named by its layers joined with ", ", the damage in nats at each ratio.
+        By group, named by its layers joined with ", ", the damage in nats at each ratio: at the one asked for, though a layer
+        keeps whole channels, one at least, and may have kept another share.
     """
-    with warnings.catch_warnings(record=True) as said:  # the same of each of some fifty models
-        found = _damages(network, images, exclude, ratios, say)
-    scarce = [w.message for w in said if isinstance(w.message, TooFewImages)]
-    for message in dict.fromkeys(str(w.message) for w in said if w.message not in scarce):
-        warnings.warn(message, stacklevel=2)
+    said: list[warnings.WarningMessage] = []
+    try:
+        with warnings.catch_warnings(record=True) as said:  # the same of each of some fifty models
+            return _damages(network, images, exclude, ratios, say)
+    finally:
+        _say_once([w.message for w in said])
+
+
+def _say_once(said: Sequence[Warning]) -> None:
+    """Warn of what many models warned of, once for each text, and once of all that had too few images."""
+    scarce = [w for w in said if isinstance(w, TooFewImages)]
+    for warning in {(type(w), str(w)): w for w in said if not isinstance(w, TooFewImages)}.values():
+        warnings.warn(warning, stacklevel=3)
     if scarce:
-        needed = {name: n for warning in scarce for name, n in warning.needed.items()}
-        warnings.warn(TooFewImages(needed, scarce[0].given, scarce[0].ridge), stacklevel=2)
-    return found
+        names = dict.fromkeys(name for w in scarce for name in w.needed)
+        needed = {name: max(w.needed.get(name, 0) for w in scarce) for name in names}
+        warnings.warn(TooFewImages(needed, scarce[0].given, scarce[0].ridge), stacklevel=3)
 
 
 def _damages(
@@ -87,7 +96,7 @@ def _damages(
     for n, group in enumerate(groups, 1):
         found[", ".join(group)] = damage = {}
         for ratio in ratios:
-            share = {name: max(ratio, 1 / _channels(structure, name)) for name in group}
+            share = _shares(structure, group, ratio)
             model = ParallelModel(
                 network, share, example, exclude=exclude, init="least_squares", images=images
             )
@@ -131,16 +140,17 @@ def allot(
     layers = {m.name for m in _narrowed(structure)}
     if differs := sorted(layers.symmetric_difference(name for group in groups for name in group)):
         raise OtherLayers(f"the damages measured are of other layers ('{differs[0]}'); measure them again")
-    channels = [_channels(structure, group[0]) for group in groups]
+    channels = [_widest(structure, group) for group in groups]
     curves = [_curve(damage[", ".join(g)], c) for g, c in zip(groups, channels, strict=True)]
 
     def mapping(kept: Sequence[int]) -> dict[str, float]:
         # A little more than k / C, since k is rounded down from it.
         shares = [min((k + 0.5) / c, 1.0) for k, c in zip(kept, channels, strict=True)]
-        return {name: share for group, share in zip(groups, shares, strict=True) for name in group}
+        each = [_shares(structure, group, share) for group, share in zip(groups, shares, strict=True)]
+        return {name: share for group in each for name, share in group.items()}
 
-    def cost(kept: Sequence[int], multiple: int = round_to) -> tuple[int, int]:
-        rows = costs(structure, choose(structure, mapping(kept), multiple))
+    def cost(ratios: Mapping[str, float], multiple: int) -> tuple[int, int]:
+        rows = costs(structure, choose(structure, ratios, multiple))
         return sum(r["multiply_adds"] for r in rows), sum(r["parameters"] for r in rows)
 
     uniform = [max(int(c * keep_ratio), 1) for c in channels]
@@ -148,14 +158,19 @@ def allot(
     start = [max(k // round_to * round_to, min(round_to, c)) for k, c in zip(uniform, channels, strict=True)]
     _take_back(start, curves, estimate, estimate(uniform), round_to)
     kept = _search(start, curves, estimate, estimate(uniform), round_to)
-    # The estimate knows of no rounding in groups; what it allows too much is taken back where that hurts least.
-    _take_back(kept, curves, cost, cost(uniform, 1), round_to)
+    # The estimate knows of no rounding in groups, nor of tied layers with other numbers of channels; what it allows
+    # too much is taken back where that hurts least.
+    budget = cost(_shares(structure, layers, keep_ratio), 1)
+    _take_back(kept, curves, lambda k: cost(mapping(k), round_to), budget, round_to)
     if round_to == 1:
         return mapping(kept)
-    # Layers of a group may have other numbers of channels.
+    # Layers of a group may have other numbers of channels, and parts of a layer be tied to different ones.
     widths = choose(structure, mapping(kept), round_to)
-    ids = {m.name: m.ids for m in _narrowed(structure)}
-    return {name: min((len(widths.positions(i)) + 0.5) / len(i), 1.0) for name, i in ids.items()}
+    shares = {
+        r: min((int(widths.kept[a].sum()) + 0.5) / len(a), 1.0) for a in structure.atoms for r in a.tolist()
+    }
+    roots = {m.name: structure.ties.roots(m.ids).tolist() for m in _narrowed(structure)}
+    return {name: min(shares[r] for r in own if r in shares) for name, own in roots.items()}
 
 
 def _take_back(
@@ -192,7 +207,7 @@ def _groups(structure: Structure, ratio: float) -> list[list[str]]:
     alone, together = [], []
     for group in _tied(structure):
         try:
-            choose(structure, dict.fromkeys(group, max(ratio, 1 / _channels(structure, group[0]))))
+            choose(structure, _shares(structure, group, ratio))
         except UsageError:
             together += group
         else:
@@ -213,6 +228,17 @@ def _tied(structure: Structure) -> list[list[str]]:
 def _narrowed(structure: Structure) -> list[Mixer]:
     mixers = structure.layers()
     return [m for m in mixers if not structure.is_fixed(m.ids)]
+
+
+def _widest(structure: Structure, group: Iterable[str]) -> int:
+    """Channels of the widest of some layers, in which a ratio for all of them is counted."""
+    return max(_channels(structure, name) for name in group)
+
+
+def _shares(structure: Structure, names: Iterable[str], ratio: float) -> dict[str, float]:
+    """The ratio by layer name, and more where it would leave none of a layer's channels."""
+    # A little more than 1 / C, which times C may be less than 1.
+    return {name: min(max(ratio, 1.5 / _channels(structure, name)), 1.0) for name in names}
 
 
 def _channels(structure: Structure, name: str) -> int:
@@ -237,7 +263,7 @@ class _Estimate:
     """Multiply-adds and parameters of k channels a group: of each layer the wide cost times the shares it reads and gives."""
 
     def __init__(self, structure: Structure, groups: Sequence[Sequence[str]]):
-        self.channels = np.array([_channels(structure, g[0]) for g in groups])
+        self.channels = np.array([_widest(structure, g) for g in groups])
         of_root: dict[int, int] = {}
         for i, group in enumerate(groups):
             for m in structure.mixers.values():

@@ -152,6 +152,15 @@ class Adaptive(_Training):
     first: Annotated[float, Field(ge=0.001, le=1)] = 0.5  # the first step of alpha
     smallest: Annotated[float, Field(ge=0.001, le=1)] = 0.01  # a step this small is taken whatever it costs
 
+    @model_validator(mode="after")
+    def _its_stages_can_train(self) -> Adaptive:
+        self.example()
+        return self
+
+    def example(self) -> Stage:
+        """Its first stage; the others have another alpha."""
+        return self.stage(1, 1 - self.first, self.parent)
+
     def stage(self, number: int, alpha: float, parent: str) -> Stage:
         fields = self.model_dump(include=set(_Training.model_fields))
         name = f"try{number:02d}-a{alpha:.4g}"
@@ -217,13 +226,18 @@ class Settings(_Strict):
         return self
 
     @property
+    def _first_of_each(self) -> tuple[Stage, ...]:
+        """The stages, and the first of the adaptive ones, which differ in alpha alone."""
+        return self.stages if self.adaptive is None else (*self.stages, self.adaptive.example())
+
+    @property
     def heading(self) -> str:
         """The title, and how the rates differ from those that names and figures show."""
         return self.title if self.lr_scale == 1 else f"{self.title} (trained at {self.lr_scale:g} × lr)"
 
     @model_validator(mode="after")
     def _skips_train_everything(self) -> Settings:
-        if self.anneal == "skips" and not all(s.train_wide for s in self.stages):
+        if self.anneal == "skips" and not all(s.train_wide for s in self._first_of_each):
             raise ValueError("anneal: skips has no branches that could train alone; leave train_wide out")
         branches = {
             "match_layers",
@@ -236,7 +250,7 @@ class Settings(_Strict):
             "alpha_from",
         }
         if self.anneal == "skips" and (
-            used := sorted(branches & set().union(*(s.determines() for s in self.stages)))
+            used := sorted(branches & set().union(*(s.determines() for s in self._first_of_each)))
         ):
             raise ValueError(f"anneal: skips has no branches, which {used[0]} needs; leave it out")
         return self

@@ -17,8 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from alphaprune.compare import real_tensors
 from alphaprune.errors import UsageError
-from alphaprune.fold import Certificate, compare, tensors
+from alphaprune.exact import full_float32
+from alphaprune.fold import Certificate, compare
 from alphaprune.modes import in_eval_mode
 from alphaprune.trace import MIXING_LAYERS, Trace, as_inputs, layers_in_place, trace
 
@@ -70,11 +72,14 @@ class SkipModel(nn.Module):
         """main + alpha * shortcut at every shortcut; at alpha = 0 what only shortcuts need is left out."""
         graph = fx.Graph()
         graph.output(graph.graph_copy(self.trace.graphs[training], {}))
-        for node in list(graph.nodes):
-            if node.name not in self.shortcuts:
-                continue
-            shortcut = next(n for n in node.all_input_nodes if n.name == self.shortcuts[node.name])
-            main = next(n for n in node.all_input_nodes if n is not shortcut)
+        # Which operand is the shortcut, before what stands for a sum takes its place in the next one.
+        first = {
+            node: node.args[0].name == self.shortcuts[node.name]
+            for node in graph.nodes
+            if node.name in self.shortcuts
+        }
+        for node, is_first in first.items():
+            shortcut, main = node.args if is_first else reversed(node.args)
             with graph.inserting_before(node):
                 weighted = main
                 if self._alpha > 0:
@@ -122,8 +127,8 @@ def remove_skips(
         if name in dict(plain.named_modules()):
             plain.get_submodule(name).inplace = True
     inputs = as_inputs(images)
-    with in_eval_mode(model):
-        outputs, found = (tensors(f(*inputs)) for f in (model, plain.eval()))
+    with in_eval_mode(model), full_float32():
+        outputs, found = (real_tensors(f(*inputs)) for f in (model, plain.eval()))
     return plain.requires_grad_(True), compare(plain, outputs, found, (), len(inputs[0]), model.alpha)
 
 

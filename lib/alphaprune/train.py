@@ -27,6 +27,7 @@ from alphaprune.allocator import keep_freed_memory
 from alphaprune.data import Split, batches
 from alphaprune.errors import UsageError
 from alphaprune.interrupt import SafePoints
+from alphaprune.memory_format import channels_last
 from alphaprune.modes import in_eval_mode
 from alphaprune.objective import Loss
 from alphaprune.recipe import Objective, Recipe
@@ -119,7 +120,7 @@ def fit(
     _check_labels(model, train, val)
     keep_freed_memory()
     accelerator = accelerator or accelerator_for_this_machine()
-    model.to(accelerator.device, memory_format=torch.channels_last)
+    channels_last(model.to(accelerator.device))
     train, val = train.to(accelerator.device), val.to(accelerator.device)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(
