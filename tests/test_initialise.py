@@ -2,14 +2,17 @@
 
 import copy
 import itertools
+import warnings
 
 import pytest
 import torch
+import torchvision
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_any_network import PARTS, Random
 from test_fold import scramble
 from torch import nn
+from torch.optim.swa_utils import update_bn
 
 from alphaprune import ParallelModel, UsageError, fold
 from alphaprune.initialise import TooFewImages
@@ -303,3 +306,22 @@ def test_images_like_the_example(images, message):
         ParallelModel(Two(), 0.5, (x[:2], x[:2]), init="select", images=images(x))
     assert "\n" not in str(caught.value)
     assert ParallelModel(Two(), 0.5, (x[:2], x[:2]), init="select", images=(x, x)).keep_ratio == 0.5
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small", "shufflenet_v2_x0_5"])
+@torch.no_grad()
+def test_torchvisions_networks_start_nearer_to_what_they_were_and_fold_exactly(name):
+    torch.manual_seed(0)
+    network, x = torchvision.models.get_model(name, num_classes=20), torch.randn(32, 3, 64, 64)
+    update_bn([x], network)  # random weights, but statistics that belong to them
+    expected = network.eval()(x)
+    off = {}
+    for init, images in (("random", None), ("least_squares", x)):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", TooFewImages)
+            model = ParallelModel(network, 0.75, x[:2], init=init, images=images).eval()
+        model.alpha = 0.0
+        off[init] = float((model(x) - expected).norm() / (expected - expected.mean(0)).norm())
+    assert off["least_squares"] < 0.8 * off["random"], off
+    certificate = fold(model, x[:8])[1]
+    assert certificate.exact, str(certificate)
