@@ -1,4 +1,4 @@
-"""Write the tables of README.md and docs/controls.md, docs/budgets.png and docs/pareto.png anew from the records.   python docs/controls.py"""
+"""Write the tables of README.md and docs/controls.md, and the pictures budgets, pareto and annealing of docs/, anew from the records.   python docs/controls.py"""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pandas as pd
 import yaml
+from matplotlib.figure import Figure
 
 from alphaprune.comparison import curves, original, summary
 from alphaprune.course import falls
-from alphaprune.method_plots import budget_curves, pareto
+from alphaprune.method_plots import budget_curves, cliffs, pareto
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results" / "quick"
@@ -127,6 +128,15 @@ def _cliff() -> str:
     return _table([*head, "reached"], lines)
 
 
+def _annealing(table: pd.DataFrame) -> Figure:
+    """How the methods with an alpha came there, a row a keep_ratio."""
+    with_alpha = table[table["method"].str.contains("annealed|report")]
+    courses = curves("controls", "quick", with_alpha, ROOT).sort_values("keep_ratio", kind="stable")
+    names = courses["method"] + ", keep_ratio " + courses["keep_ratio"].map("{:g}".format)
+    title = "Blended accuracy, and what would be left"
+    return cliffs(courses.assign(method=names), title, courses["method"].nunique())
+
+
 def written(page: str, tables: dict[str, str]) -> str:
     """A page with the tables between `<!-- table: name -->` and `<!-- end of table -->` replaced."""
 
@@ -144,8 +154,10 @@ def main() -> None:
     whole = original("controls", "quick", ROOT)
     budgets = pd.read_csv(RESULTS / "controls_budgets.csv")
     published = pd.DataFrame(yaml.safe_load((ROOT / "params" / "published.yaml").read_text()))
-    rows = summary(pd.read_csv(RESULTS / "controls.csv"))
+    table = pd.read_csv(RESULTS / "controls.csv")
+    rows = summary(table)
     figures = {
+        "annealing": _annealing(table),
         "budgets": budget_curves(budgets, whole["val_accuracy"], "What a budget buys"),
         "pareto": pareto(
             rows, (whole["macs"], whole["test_accuracy"]), published, "Accuracy against multiply-adds"

@@ -205,7 +205,7 @@ def cliffs(curves: pd.DataFrame, title: str, columns: int = 3) -> Figure:
             for ax in panels.flat
             for line, label in zip(*ax.get_legend_handles_labels(), strict=True)
         }
-        figure.legend(drawn.values(), drawn, loc="outside lower center", ncols=3, frameon=False)
+        figure.legend(drawn.values(), drawn, loc="outside lower center", ncols=min(columns, 3), frameon=False)
         figure.suptitle(title)
     return figure
 
