@@ -158,8 +158,8 @@ def budget_curves(budgets: pd.DataFrame, original: float, title: str) -> Figure:
             ticks = [t for t in (0, 20, 60, 120, 360, 1200, 12_000, 120_000) if t <= 1.1 * most]
             ax.set_xticks(ticks, [f"{t:,}" for t in ticks])
             ax.set_xlabel("thousand images seen (linear up to 20, then logarithmic)", fontsize="small")
-            ax.legend(loc="lower right", fontsize="small")
         for ax in axes[1]:
+            ax.legend(loc="lower right", fontsize="small")  # where little is drawn; of both rows
             ax.set_xscale("log")
             ax.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
             ax.xaxis.set_major_formatter(ScalarFormatter())
