@@ -96,7 +96,8 @@ SHARE_OF_PREDICTED = (
 DATA_TARGET = Target(at_least=10)  # times what the quarter-width network eats
 FIT_TARGET = Target(at_most=60)  # seconds
 GPU_DATA_TARGET = Target(at_most=2)  # % of a step at alpha 1
-# FLOP/s of bf16 without sparsity, by the name that torch has for a card. Source: NVIDIA's data sheets of H100 SXM, H200 SXM and A100.
+# FLOP/s of bf16 without sparsity, by the name that torch has for a card. Source: NVIDIA's figures as quoted by glennklockwood.com/garden/processors/h100
+# (989.4 for H100 SXM and H200) and hmc-tech.com/gpu/nvidia-h100-vs-nvidia-a100-sxm-40gb (311.9 for A100).
 PEAKS = {
     "NVIDIA H100 80GB HBM3": 989e12,
     "NVIDIA H200": 989e12,
