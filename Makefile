@@ -40,7 +40,7 @@ ifeq ($(filter $(PRESET),$(PRESETS)),)
 $(error preset '$(PRESET)' is unknown; there are: $(PRESETS))
 endif
 
-.PHONY: best verify audit benchmark benchmark-check skips own-network coverage cliff controls unfinished time-and-memory how-cost-grows why test-faults FORCE
+.PHONY: best pace verify audit benchmark benchmark-check skips own-network coverage cliff controls unfinished time-and-memory how-cost-grows why test-faults FORCE
 .PHONY: reproduce-figures figures html pretrain experiments data lab test environment lock clean help $(EXPERIMENTS) pruned
 
 # Before make decides what is old: what is not as it was written counts as old too, and is named.
@@ -67,6 +67,7 @@ help:
 	@echo "make own-network         a ResNet-18 on a folder of images, from load to bundle"
 	@echo "make cliff               why accuracy falls at alpha 0, and ways around it, with the same images"
 	@echo "make controls            against Torch-Pruning, training from scratch and the report's recipe"
+	@echo "make pace                seconds of each method of make controls, one after another, to compare them by time"
 	@echo "make best                the recipe that does best, with three seeds, folded and saved"
 	@echo "make unfinished          what frees the models that Figures 1 to 3 left unfinished"
 	@echo "make time-and-memory     original and pruned networks: latency, throughput, memory, what to deploy with"
@@ -175,9 +176,16 @@ $(R)/notebooks/cliff.ipynb: $(H)/notebooks/08_the_cliff.ipynb $(H)/params/cliff.
 
 controls: $(R)/html/controls.html
 	@echo "Page:      $<"
-$(R)/notebooks/controls.ipynb: $(H)/notebooks/09_controls.ipynb $(H)/params/controls.yaml $(H)/params/published.yaml $(H)/params/$(PRESET)/controls.yaml $(H)/params/$(PRESET)/preset.yaml $(LIBRARY) $(R)/notebooks/pretrain.ipynb
+$(R)/notebooks/controls.ipynb: $(H)/notebooks/09_controls.ipynb $(H)/params/controls.yaml $(H)/params/published.yaml $(H)/params/$(PRESET)/controls.yaml $(H)/params/$(PRESET)/preset.yaml $(LIBRARY) $(R)/notebooks/pretrain.ipynb \
+    $(call inputs,$(wildcard $(R)/pace/controls.json))
 	@$(RUN) $(<:$(H)/%=%) $@ -p preset $(PRESET) -p jobs $(JOBS)
 	@touch $(R)/.changed
+
+ifneq ($(filter pace,$(MAKECMDGOALS)),)
+.NOTPARALLEL: # what ran beside it would be measured too
+endif
+pace: $(R)/notebooks/pretrain.ipynb
+	@$(BIN)/python -m alphaprune.pace controls $(PRESET)
 
 best: $(R)/html/best.html
 	@echo "Page:      $<"

@@ -10,7 +10,7 @@ import yaml
 from matplotlib.figure import Figure
 
 from alphaprune.comparison import curves, original, summary
-from alphaprune.course import falls
+from alphaprune.course import falls, with_falling_alpha
 from alphaprune.method_plots import budget_curves, cliffs, pareto
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -129,12 +129,10 @@ def _cliff() -> str:
 
 
 def _annealing(table: pd.DataFrame) -> Figure:
-    """How the methods with an alpha came there, a row a keep_ratio."""
-    with_alpha = table[table["method"].str.contains("annealed|report")]
-    courses = curves("controls", "quick", with_alpha, ROOT).sort_values("keep_ratio", kind="stable")
-    names = courses["method"] + ", keep_ratio " + courses["keep_ratio"].map("{:g}".format)
-    title = "Blended accuracy, and what would be left"
-    return cliffs(courses.assign(method=names), title, courses["method"].nunique())
+    """How the methods in which alpha falls came there, a row a keep_ratio."""
+    courses = with_falling_alpha(curves("controls", "quick", table, ROOT))
+    columns = courses.groupby("keep_ratio")["method"].nunique().max()
+    return cliffs(courses, "Blended accuracy, and what would be left", columns)
 
 
 def written(page: str, tables: dict[str, str]) -> str:

@@ -53,7 +53,7 @@ def test_the_cliff(trimmed):
 
 
 def test_controls(trimmed):
-    done = make(trimmed, "controls")
+    done = make(trimmed, "pace", "controls")
     assert done.returncode == 0, done.stderr[-2000:]
     results = trimmed / "results" / "smoke"
     for figure in ("controls", "controls_alpha", "pareto", "budgets"):
@@ -64,12 +64,13 @@ def test_controls(trimmed):
     assert len(longer) == 5 * 2 and longer["images"].nunique() == 2
     for figure, budgets, rows in (("controls", "", table), ("budgets", " --budgets", longer)):
         found = read(results / "figures" / f"{figure}.svg")
-        assert found["command"] == [f"python -m alphaprune.comparison controls smoke{budgets}"]
+        timed = ["python -m alphaprune.pace controls smoke"] if budgets else []
+        assert found["command"] == [f"python -m alphaprune.comparison controls smoke{budgets}", *timed]
         assert "params/controls.yaml" in found["parameters"]
         records = [r for run in found["runs"] for r in run["records"]]
         assert len(records) > len(rows) and all((trimmed / r["path"]).is_file() for r in records)
     page = (results / "html" / "controls.html").read_text()
-    assert "ours_ahead" in page and "DECORE-50" in page
+    assert "ours_ahead" in page and "DECORE-50" in page and "Seconds before training" in page
 
 
 def test_the_best_recipe(trimmed):

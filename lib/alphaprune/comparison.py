@@ -33,7 +33,7 @@ import pandas as pd
 from pydantic import Field
 
 from alphaprune import pretrained
-from alphaprune.errors import Missing, UsageError, shown
+from alphaprune.errors import Missing, UsageError
 from alphaprune.experiment import Experiment
 from alphaprune.interrupt import Interrupted, ending_with_a_line, leave_to_parent
 from alphaprune.methods import (
@@ -41,6 +41,8 @@ from alphaprune.methods import (
     KeepRatio,
     Seed,
     check,
+    check_method,
+    chosen_methods,
     experiment,
     final,
     load_comparison,
@@ -150,13 +152,6 @@ class _Method:
         shared = settings_of(self.name, self.root, self.method, lr, keep_ratio, seed)
         return load_settings(self.preset, self.name, self.root, **shared)
 
-    def check(self, lr: float, keep_ratio: float, seed: int) -> None:
-        """Raise UsageError if the method could not begin; nothing is measured or trained for that."""
-        self._settings(lr, keep_ratio, seed)
-        shared = settings_of(self.name, self.root, self.method, lr, keep_ratio, seed)
-        # Widths by sensitivity would be measured, and nothing that can be wrong depends on them.
-        Experiment(self.preset, self.name, self.root, **shared | {"widths": "uniform", "round_to": 1})
-
 
 def compare(
     name: str,
@@ -198,7 +193,7 @@ def compare(
     ratios, seeds = _runs(plan, keep_ratios, seeds, budgets)
     target = root / "results" / preset / (f"{name}_budgets.csv" if budgets else f"{name}.csv")
     for method in chosen:  # before the first of them trains
-        method.check(plan.first_lr, ratios[0], seeds[0])
+        check_method(name, preset, method.method, plan.first_lr, ratios[0], seeds[0], root)
     _earlier(target)
     rows: dict[tuple[int, int, float], list[dict[str, Any]]] = {}
     with _workers(jobs) as pool:
@@ -269,10 +264,7 @@ def _runs(
 
 
 def _chosen(name: str, preset: str, root: Path, methods: Sequence[str]) -> list[_Method]:
-    known = load_comparison(name, root).methods
-    if unknown := set(methods) - set(known):
-        raise UsageError(f"method {shown(sorted(unknown)[0])} is unknown; there are: {'; '.join(known)}")
-    return [_Method(name, preset, root, method) for method in dict.fromkeys(methods or known)]
+    return [_Method(name, preset, root, method) for method in chosen_methods(name, root, methods)]
 
 
 @contextmanager

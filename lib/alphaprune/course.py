@@ -23,6 +23,17 @@ def recorded_shares(curves: pd.DataFrame) -> pd.DataFrame:
     return rows.assign(layer=rows["metric"].str.removeprefix(WIDE_SHARE))
 
 
+def with_falling_alpha(curves: pd.DataFrame) -> pd.DataFrame:
+    """The courses of those methods in which alpha falls, each with its keep_ratio in its name, by keep_ratio.
+
+    Args:
+        curves: with the column keep_ratio, as of `comparison.curves`.
+    """
+    own = curves[curves.groupby("method")["alpha"].transform("max") > 0]
+    names = own["method"] + ", keep_ratio " + own["keep_ratio"].map("{:g}".format)
+    return own.assign(method=names).sort_values("keep_ratio", kind="stable")
+
+
 def falls(curves: pd.DataFrame) -> pd.DataFrame:
     """What each way loses where alpha becomes 0.
 

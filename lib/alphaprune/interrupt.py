@@ -24,15 +24,16 @@ class Interrupted(BaseException):
     Args:
         number: of the signal.
         where: what was stopped, and whether it is saved.
+        again: what the same command does next time.
     """
 
-    def __init__(self, number: int, where: str = ""):
-        super().__init__(number, where)
-        self.number, self.where = number, where
+    def __init__(self, number: int, where: str = "", again: str = "goes on from there"):
+        super().__init__(number, where, again)
+        self.number, self.where, self.again = number, where, again
 
     def __str__(self) -> str:
         what = f"{self.where}; " if self.where else ""
-        return f"stopped by {signal.Signals(self.number).name}; {what}the same command goes on from there"
+        return f"stopped by {signal.Signals(self.number).name}; {what}the same command {self.again}"
 
     @property
     def exit_code(self) -> int:

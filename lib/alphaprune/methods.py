@@ -5,6 +5,7 @@ A method is a list of stages and settings of its own, with `{lr}` for the learni
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -83,6 +84,14 @@ def load_comparison(name: str, root: Path) -> Comparison:
     return found
 
 
+def chosen_methods(name: str, root: Path, methods: Sequence[str]) -> list[str]:
+    """Those of a comparison's methods that are asked for, all if none is, each once (raises UsageError)."""
+    known = load_comparison(name, root).methods
+    if unknown := set(methods) - set(known):
+        raise UsageError(f"method {shown(sorted(unknown)[0])} is unknown; there are: {'; '.join(known)}")
+    return list(dict.fromkeys(methods or known))
+
+
 def experiment(
     name: str,
     preset: str,
@@ -105,6 +114,17 @@ def experiment(
     shared = settings_of(name, root, method, lr, keep_ratio, seed)
     settings = load_settings(preset, name, root, **shared)
     return Experiment(preset, name, root, **(shared | of_budget(settings, budget)))
+
+
+def check_method(
+    name: str, preset: str, method: str, lr: float, keep_ratio: float, seed: int, root: Path
+) -> Settings:
+    """The settings of a method's experiment; raises UsageError if it could not begin. Nothing is measured or trained for that."""
+    shared = settings_of(name, root, method, lr, keep_ratio, seed)
+    settings = load_settings(preset, name, root, **shared)
+    # Widths by sensitivity would be measured, and nothing that can be wrong depends on them.
+    Experiment(preset, name, root, **shared | {"widths": "uniform", "round_to": 1})
+    return settings
 
 
 def of_budget(settings: Settings, budget: float) -> dict[str, int]:

@@ -118,6 +118,21 @@ class FinalRecord(_Form):
     weights_sha256: Digest | None = None  # that scored so
 
 
+class _Pace(_Form):
+    before: Seconds
+    an_image: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    spread: Seconds
+    others: Seconds
+    trusted: bool
+
+
+class PaceRecord(_Form):
+    """How long the methods of a comparison take, by method, see `pace`."""
+
+    keep_ratio: Share
+    methods: dict[str, _Pace]
+
+
 def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
     """A record's content with its format and its SHA-256."""
     whole = {**content, SEAL[0]: FORMAT}

@@ -21,7 +21,7 @@ import torch
 
 from alphaprune.errors import UsageError
 
-TRUSTED_SPREAD = 0.15  # interquartile range over median
+TRUSTED_SPREAD = 0.15  # of the runs, as a share of their median
 TRUSTED_OTHERS = 0.25  # cores, beyond those that torch leaves free
 ROUNDS = 5  # at least; of fewer, quartiles say nothing
 BLOCK = 0.02  # seconds that what is faster is repeated for, each time it is its turn
@@ -65,16 +65,15 @@ def alternate(
     first = times[next(iter(times))]
     with torch_threads(threads):
         calls = {name: _calls_in_a_block(t) for name, t in timers.items()}
-        before, started = _busy(), clock()
+        before, started = moment(), clock()
         while len(first) < ROUNDS or clock() - started < seconds:
             for name, t in timers.items():
                 t.timeit(1)  # its numbers come back into the caches; threads of the one before go to sleep
                 times[name].append(t.timeit(calls[name]) / calls[name])
         table = pd.DataFrame([_row(own, first) for own in times.values()])
-        table["others"] = _others(before, _busy())
+        table["others"] = cores_of_others(before, moment())
         table["threads"] = torch.get_num_threads()
-    free = max(0, (psutil.cpu_count() or 1) - int(table["threads"].iloc[0]))
-    table["trusted"] = (table["spread"] <= TRUSTED_SPREAD) & (table["others"] <= free + TRUSTED_OTHERS)
+    table["trusted"] = [trusted(r.spread, r.others, r.threads) for r in table.itertuples()]
     return table.set_index(pd.Index(times, name="alternative"))[COLUMNS]
 
 
@@ -113,14 +112,27 @@ def _row(own: list[float], first: list[float]) -> dict[str, Any]:
     }
 
 
-def _busy() -> tuple[float, float, float]:
-    """Seconds on the clock, of computing on all cores together, and of this process on all cores."""
+def trusted(spread: float, cores: float, threads: int) -> bool:
+    """Whether what was timed says anything.
+
+    Args:
+        spread: of the runs, as a share of their median.
+        cores: that other processes kept busy meanwhile.
+        threads: that were timed; the cores that they leave are free for others.
+    """
+    free = max(0, (psutil.cpu_count() or 1) - threads)
+    return bool(spread <= TRUSTED_SPREAD and cores <= free + TRUSTED_OTHERS)
+
+
+def moment() -> tuple[float, float, float]:
+    """For `cores_of_others`: seconds on the clock, of computing on all cores together, and of this process on all cores."""
     cores = psutil.cpu_times()
     idle = cores.idle + getattr(cores, "iowait", 0.0)
     guests = getattr(cores, "guest", 0.0) + getattr(cores, "guest_nice", 0.0)  # counted in user and nice too
     return time.monotonic(), sum(cores) - idle - guests, time.process_time()
 
 
-def _others(before: tuple[float, float, float], after: tuple[float, float, float]) -> float:
+def cores_of_others(before: tuple[float, float, float], after: tuple[float, float, float]) -> float:
+    """How many cores other processes kept busy between two moments."""
     passed, busy, own = (b - a for a, b in zip(before, after, strict=True))
     return max(0.0, (busy - own) / passed) if passed > 0 else 0.0
