@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from alphaprune.comparison import curves, original, summary
 from alphaprune.course import falls, with_falling_alpha
 from alphaprune.method_plots import budget_curves, cliffs, pareto
+from alphaprune.pace import at_seconds, recorded, timed
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results" / "quick"
@@ -39,6 +40,7 @@ def blocks() -> dict[str, str]:
         "all": _all(rows),
         "cliff": _cliff(),
         "budgets": _budgets(),
+        "seconds": _seconds() if len(recorded("controls", "quick", ROOT)) else "Not timed yet: `make pace`.",
     }
 
 
@@ -87,24 +89,52 @@ def _all(rows: pd.DataFrame) -> str:
     return _table(["method", *HEAD], [[m, *_by_ratio(rows, m)] for m in methods])
 
 
+def _timed_budgets() -> pd.DataFrame:
+    """Budgets with the seconds of each method's pace, or those that were counted where none is recorded."""
+    rows, pace = pd.read_csv(RESULTS / "controls_budgets.csv"), recorded("controls", "quick", ROOT)
+    return timed(rows, pace) if len(pace) else rows
+
+
 def _budgets() -> str:
-    rows = pd.read_csv(RESULTS / "controls_budgets.csv")
+    rows = _timed_budgets()
     by_images = rows.pivot_table(index="method", columns="images", values="val_accuracy")
     by_images.insert(0, 0, rows.groupby("method")["start_accuracy"].first())
-    usual = pd.read_csv(RESULTS / "controls.csv")["images"].iloc[0]
-    order = by_images.sort_values(usual, ascending=False)
-    best = order.round(1).max()
+    return _best_in_bold(by_images.sort_values(_usual(), ascending=False), [f"{n:,}" for n in by_images])
+
+
+def _seconds() -> str:
+    rows, pace = _timed_budgets(), recorded("controls", "quick", ROOT).set_index("method")
+    order = rows[rows["images"] == _usual()].sort_values("val_accuracy", ascending=False)["method"]
+    table = at_seconds(rows).reindex(order)
+    cells = pd.DataFrame(
+        {
+            "before, s": pace["before"].map("{:.1f}".format),
+            "ms an image": (1000 * pace["an_image"]).map("{:.2f}".format),
+        }
+    )
+    return _best_in_bold(table, [f"{n:,} s" for n in table], cells)
+
+
+def _usual() -> int:
+    """Images of the preset's own budget."""
+    return pd.read_csv(RESULTS / "controls.csv")["images"].iloc[0]
+
+
+def _best_in_bold(table: pd.DataFrame, head: list[str], before: pd.DataFrame | None = None) -> str:
+    """Accuracies by method, the best of each column in bold, – where there is none; behind cells of text if there are any."""
+    best = table.round(1).max()
     lines = [
         [
             method,
+            *(() if before is None else before.loc[method]),
             *(
                 "–" if pd.isna(v) else f"**{v:.1f}**" if round(v, 1) == best[n] else f"{v:.1f}"
                 for n, v in row.items()
             ),
         ]
-        for method, row in order.iterrows()
+        for method, row in table.iterrows()
     ]
-    return _table(["method", *(f"{n:,}" for n in order.columns)], lines)
+    return _table(["method", *(() if before is None else before.columns), *head], lines)
 
 
 def _cliff() -> str:
@@ -150,13 +180,12 @@ def main() -> None:
         page.write_text(written(page.read_text(), tables))
         print(page.relative_to(ROOT))
     whole = original("controls", "quick", ROOT)
-    budgets = pd.read_csv(RESULTS / "controls_budgets.csv")
     published = pd.DataFrame(yaml.safe_load((ROOT / "params" / "published.yaml").read_text()))
     table = pd.read_csv(RESULTS / "controls.csv")
     rows = summary(table)
     figures = {
         "annealing": _annealing(table),
-        "budgets": budget_curves(budgets, whole["val_accuracy"], "What a budget buys"),
+        "budgets": budget_curves(_timed_budgets(), whole["val_accuracy"], "What a budget buys"),
         "pareto": pareto(
             rows, (whole["macs"], whole["test_accuracy"]), published, "Accuracy against multiply-adds"
         ),

@@ -6,6 +6,8 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import pandas as pd
 import psutil
@@ -15,7 +17,7 @@ from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 
-from alphaprune import UsageError
+from alphaprune import UsageError, comparison
 from alphaprune.comparison import (
     COLUMNS,
     climb,
@@ -24,6 +26,7 @@ from alphaprune.comparison import (
     load_comparison,
     main,
     provenance,
+    reasons,
     settings_by_method,
     summary,
 )
@@ -115,7 +118,7 @@ def test_why_names_what_would_be_trained_and_what_changed(prepared, capsys, monk
         lines = [line.removeprefix("controls, ") for line in capsys.readouterr().out.splitlines()]
         return dict(line.split(": ", 1) for line in lines)
 
-    assert why()[one] == "lr 0.02 is to be tried: stage-0 not recorded yet"
+    assert why()[one] == "lr 0.02 is to be tried at keep_ratio 0.5: stage-0 not recorded yet"
     assert list(why(one, "scratch")) == [one, "scratch"]
     compare("controls", "smoke", prepared, [one], seeds=[0], say=lambda line: None)
     capsys.readouterr()
@@ -125,7 +128,7 @@ def test_why_names_what_would_be_trained_and_what_changed(prepared, capsys, monk
         said[one]
         == f"2 of 3 runs are to be trained, lr {best}; at keep_ratio 0.5, seed 1: stage-0 not recorded yet"
     )
-    assert said["scratch"] == "lr 0.02 is to be tried: stage-0 not recorded yet"
+    assert said["scratch"] == "lr 0.02 is to be tried at keep_ratio 0.5: stage-0 not recorded yet"
     main(["controls", "smoke", "--why", "--method", one, "--seed", "0"])
     assert capsys.readouterr().out == f"controls, {one}: its run is recorded, lr {best}\n"
     main(["controls", "smoke", "--why", "--method", one, "--budgets"])
@@ -136,7 +139,9 @@ def test_why_names_what_would_be_trained_and_what_changed(prepared, capsys, monk
     file = prepared / "params" / "smoke" / "controls.yaml"
     file.write_text(yaml.safe_dump(yaml.safe_load(file.read_text()) | {"weight_decay": 0.01}))
     changed = r"\(recipe.weight_decay [\d.]+ -> 0.01\)"
-    assert re.fullmatch(f"lr 0.02 is to be tried: stage-0 recorded with other inputs {changed}", why()[one])
+    assert re.fullmatch(
+        f"lr 0.02 is to be tried at keep_ratio 0.5: stage-0 recorded with other inputs {changed}", why()[one]
+    )
     stages = prepared / "results" / "smoke" / "stages" / "controls"
     assert len(list(stages.glob("*/run.json"))) == 2  # nothing was trained for an answer
 
@@ -247,18 +252,45 @@ def test_stopped_it_saves_and_begins_nothing_that_waits(prepared):
     assert len(list(stages.glob("*/run.json"))) <= before + 1  # of some twenty
 
 
-def test_further_ratios_take_the_rate_that_was_found_at_the_first(prepared):
-    lines = []
-    only = {"methods": ["scratch"], "seeds": [0], "say": lines.append}
-    table = compare("controls", "smoke", prepared, keep_ratios=[0.25], **only)
-    assert table["searched"].eq("0.01 0.02").all()
-    of = [experiment("controls", "smoke", "scratch", lr, 0.5, 0, root=prepared) for lr in (0.01, 0.02)]
-    reached = [x.record(x.stages[-1].name)["metrics"]["val_accuracy"] for x in of]
-    better, worse = (0.02, 0.01) if reached[1] >= reached[0] else (0.01, 0.02)
-    assert table["lr"].tolist() == [better]
-    for lr, trained in ((better, True), (worse, False)):
+def test_a_further_ratio_has_a_search_of_its_own_from_the_rate_of_the_first(prepared, monkeypatch):
+    file = prepared / "params" / "controls.yaml"
+    grid = [0.01, 0.02, 0.05, 0.1]
+    content = yaml.safe_load(file.read_text()) | {"lrs": grid, "first_lr": 0.01}
+    file.write_text(yaml.safe_dump(content))
+    best = {0.5: 0.05, 0.25: 0.1}
+
+    def hill(of):  # what such short trainings reach is chance; here each ratio has a rate that is best
+        return -abs(grid.index(of.stages[-1].stage.lr) - grid.index(best[of.settings.keep_ratio]))
+
+    @contextmanager
+    def threads(jobs):  # in this process, where it is replaced
+        with ThreadPoolExecutor(1) as pool:
+            yield pool
+
+    monkeypatch.setattr(comparison, "_reached", hill)
+    monkeypatch.setattr(comparison, "_workers", threads)
+    lines: list[str] = []
+    table = compare("controls", "smoke", prepared, ["scratch"], [0.5, 0.25], [0], say=lines.append)
+    assert lines[0] == "[rate 1/2] scratch, keep_ratio 0.5: 0.05, the best of 0.01 0.02 0.05 0.1"
+    assert "[rate 2/2] scratch, keep_ratio 0.25: 0.1, the best of 0.02 0.05 0.1" in lines
+    assert table[["keep_ratio", "lr"]].to_numpy().tolist() == [[0.5, 0.05], [0.25, 0.1]]
+    for lr, trained in ((0.01, False), (0.02, True)):
         of = experiment("controls", "smoke", "scratch", lr, 0.25, 0, root=prepared)
         assert (of.record(of.stages[-1].name) is not None) is trained
+    assert reasons("controls", "smoke", prepared, ["scratch"], [0.5, 0.25], [0]) == [
+        "controls, scratch: all 2 runs are recorded, lr 0.05 at keep_ratio 0.5, 0.1 at keep_ratio 0.25"
+    ]
+
+
+def test_rows_of_other_seeds_do_not_stay_with_another_rate(prepared):
+    only = {"methods": ["scratch"], "say": lambda line: None}
+    both = compare("controls", "smoke", prepared, seeds=[0, 1], **only)
+    file = prepared / "results" / "smoke" / "controls.csv"
+    file.write_text(both.assign(lr=0.5).to_csv(index=False))
+    compare("controls", "smoke", prepared, seeds=[0], **only)
+    assert pd.read_csv(file)["seed"].tolist() == [0]
+    compare("controls", "smoke", prepared, seeds=[1], **only)
+    assert pd.read_csv(file)["seed"].tolist() == [0, 1]
 
 
 def test_longer_budgets_train_on_more_images_and_rows_of_earlier_calls_stay(prepared):

@@ -3,7 +3,8 @@
     python -m alphaprune.comparison controls quick --jobs 2
 
 The methods are data: `params/<name>.yaml` holds stages and settings, `params/<preset>/<name>.yaml` what all of them share. Each method
-gets its learning rate from the same search on the validation images, with the first seed and keep_ratio; all others run with that rate. The
+gets its learning rate from the same search on the validation images, with the first seed; at the first keep_ratio it begins at the file's
+`first_lr`, at the others at the rate that was best there. All other seeds run with the rate of their ratio. The
 epochs of the preset are divided evenly among a method's stages, so that all see the same number of images as nearly as
 whole epochs allow, or an epoch of fewer images a stage. What has run is recorded, stage by
 stage, and not run again.
@@ -21,10 +22,11 @@ import multiprocessing
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -58,6 +60,9 @@ COLUMNS = [
     "searched",
 ]  # fmt: skip
 LIKE = ["method", "seed", "keep_ratio"]  # of rows that are made together
+_Rows = dict[
+    tuple[int, int, float], list[dict[str, Any]]
+]  # by places of the keep_ratio and the method, and budget
 
 
 @dataclass(frozen=True)
@@ -128,25 +133,31 @@ class _Method:
         self, plan: Comparison, ratios: Sequence[float], seeds: Sequence[int], budgets: Sequence[float]
     ) -> str:
         """What would be trained and why, as far as the search of the learning rate can be foreseen."""
-        first = plan.keep_ratios[0], plan.seeds[0]
 
-        def reached(lr: float) -> float:
-            if why := self.missing(lr, *first):
-                raise LookupError(f"lr {lr:g} is to be tried: {why}")
-            return _reached(self.of(lr, *first))
+        def best(ratio: float, begin: float) -> float:
+            def reached(lr: float) -> float:
+                if why := self.missing(lr, ratio, plan.seeds[0]):
+                    raise LookupError(f"lr {lr:g} is to be tried at keep_ratio {ratio:g}: {why}")
+                return _reached(self.of(lr, ratio, plan.seeds[0]))
+
+            return climb(sorted(plan.lrs), begin, reached)
 
         try:
-            lr = climb(sorted(plan.lrs), plan.first_lr, reached)
+            first = best(plan.keep_ratios[0], plan.first_lr)
+            rates = {ratio: first if ratio == plan.keep_ratios[0] else best(ratio, first) for ratio in ratios}
         except LookupError as e:
             return str(e)
+        at = {lr: [r for r in ratios if rates[r] == lr] for lr in rates.values()}
+        parts = [f"{lr:g} at keep_ratio {' and '.join(f'{r:g}' for r in own)}" for lr, own in at.items()]
+        said = f"lr {', '.join(parts) if len(at) > 1 else format(next(iter(at)), 'g')}"
         runs = [(ratio, seed, budget) for ratio in ratios for seed in seeds for budget in budgets]
-        left = [(*run, why) for run in runs if (why := self.missing(lr, *run, finals=True))]
+        left = [(*run, why) for run in runs if (why := self.missing(rates[run[0]], *run, finals=True))]
         if not left:
             all_runs = f"all {len(runs)} runs are" if len(runs) > 1 else "its run is"
-            return f"{all_runs} recorded, lr {lr:g}"
+            return f"{all_runs} recorded, {said}"
         ratio, seed, budget, why = left[0]
         of = f", {budget:g} times the budget" if budget != 1 else ""
-        return f"{len(left)} of {len(runs)} runs are to be trained, lr {lr:g}; at keep_ratio {ratio:g}, seed {seed}{of}: {why}"
+        return f"{len(left)} of {len(runs)} runs are to be trained, {said}; at keep_ratio {ratio:g}, seed {seed}{of}: {why}"
 
     def _settings(self, lr: float, keep_ratio: float, seed: int) -> Settings:
         shared = settings_of(self.name, self.root, self.method, lr, keep_ratio, seed)
@@ -195,39 +206,61 @@ def compare(
     for method in chosen:  # before the first of them trains
         check_method(name, preset, method.method, plan.first_lr, ratios[0], seeds[0], root)
     _earlier(target)
-    rows: dict[tuple[int, int, float], list[dict[str, Any]]] = {}
+    first = plan.keep_ratios[0]
+    rates: dict[tuple[_Method, float], tuple[float, str]] = {}  # and those that were tried
+    rows: _Rows = {}
+    further = [(size, m) for m in chosen for size in m.further(plan.budgets)] if budgets else []
+    searches = len(chosen) * len({first, *ratios})
+    runs = len(chosen) * len(ratios) + len(further)
+
+    def found(method: _Method, ratio: float, result: tuple[float, str]) -> None:
+        rates[method, ratio] = lr, searched = result
+        said = f"{method.method}, keep_ratio {ratio:g}: {lr:g}, the best of {searched}"
+        say(f"[rate {len(rates)}/{searches}] {said}")
+        if ratio == first:
+            for other in ratios:
+                if other != first:
+                    search(method, other, lr)
+        if ratio in ratios:
+            run(method, ratio)
+
+    def reached(place: tuple[int, int, float], result: list[dict[str, Any]]) -> None:
+        rows[place] = result
+        scores = ", ".join(f"{r['val_accuracy']:.1f}" for r in result)
+        of = result[0]
+        said = f"{of['method']}, keep_ratio {of['keep_ratio']:g}, {of['images']:,} images"
+        say(f"[{len(rows)}/{runs}] {said}: {scores} % validation")
+        # Larger budgets of an earlier call stay until they have been looked up again.
+        like = LIKE if not budgets or len(rows) == runs else [*LIKE, "images"]
+        write_bytes(target, _as_csv(_merged(_earlier(target), _table(rows), plan, like)))
+
     with _workers(jobs) as pool:
-        searching = {pool.submit(_until_stopped, _search, method): method for method in chosen}
-        running: dict[Future, tuple[int, int, float]] = {}
-        rates: dict[_Method, tuple[float, str]] = {}
+        under_way: dict[Future, Callable[[Any], None]] = {}  # and what is done with what comes of it
 
-        def run(method: _Method, size: float) -> None:
-            for i, ratio in enumerate(ratios):
-                task = pool.submit(_until_stopped, _run, method, *rates[method], ratio, seeds, size)
-                running[task] = i, chosen.index(method), size
+        def search(method: _Method, ratio: float, begin: float) -> None:
+            task = pool.submit(_until_stopped, _search, method, ratio, begin)
+            under_way[task] = partial(found, method, ratio)
 
-        for n, done in enumerate(as_completed(searching), 1):
-            method = searching[done]
-            rates[method] = lr, searched = done.result()
-            say(f"[rate {n}/{len(chosen)}] {method.method}: {lr:g}, the best of {searched}")
-            run(method, 1.0)
-        further = [(size, m) for m in chosen for size in m.further(plan.budgets)] if budgets else []
+        def run(method: _Method, ratio: float, size: float = 1.0) -> None:
+            task = pool.submit(_until_stopped, _run, method, *rates[method, ratio], ratio, seeds, size)
+            under_way[task] = partial(reached, (ratios.index(ratio), chosen.index(method), size))
+
+        def until_all_is_done() -> None:
+            while under_way:
+                for task in wait(under_way, return_when=FIRST_COMPLETED).done:
+                    under_way.pop(task)(task.result())
+
+        for method in chosen:
+            search(method, first, plan.first_lr)
+        until_all_is_done()
         for size, method in sorted(further, key=lambda pair: pair[0]):  # the small ones of all methods first
-            run(method, size)
-        for n, done in enumerate(as_completed(running), 1):
-            place = running[done]
-            rows[place] = done.result()
-            scores = ", ".join(f"{r['val_accuracy']:.1f}" for r in rows[place])
-            first = rows[place][0]
-            say(
-                f"[{n}/{len(running)}] {first['method']}, keep_ratio {first['keep_ratio']:g}, "
-                f"{first['images']:,} images: {scores} % validation"
-            )
-            table = pd.DataFrame([r for p in sorted(rows) for r in rows[p]], columns=COLUMNS)
-            # Larger budgets of an earlier call stay until they have been looked up again.
-            like = LIKE if not budgets or n == len(running) else [*LIKE, "images"]
-            write_bytes(target, _as_csv(_merged(_earlier(target), table, plan, like)))
-    return table
+            run(method, ratios[0], size)
+        until_all_is_done()
+    return _table(rows)
+
+
+def _table(rows: _Rows) -> pd.DataFrame:
+    return pd.DataFrame([row for place in sorted(rows) for row in rows[place]], columns=COLUMNS)
 
 
 def reasons(
@@ -313,9 +346,14 @@ def _earlier(target: Path) -> pd.DataFrame:
 def _merged(
     earlier: pd.DataFrame, table: pd.DataFrame, plan: Comparison, like: Sequence[str]
 ) -> pd.DataFrame:
-    """Rows of earlier calls and new ones, which replace all that are alike in these columns; in the order of the file."""
+    """Rows of earlier calls and new ones, which replace all that are alike in these columns, and those of other seeds at another rate; in
+    the order of the file."""
     new = pd.MultiIndex.from_frame(table[like])
     kept = earlier[~pd.MultiIndex.from_frame(earlier[like]).isin(new)]
+    run = ["method", "keep_ratio", "images"]
+    rates = table.drop_duplicates(run).set_index(run)["lr"]
+    now = rates.reindex(pd.MultiIndex.from_frame(kept[run])).to_numpy()
+    kept = kept[np.isnan(now) | (now == kept["lr"])]
     both = pd.concat([t for t in (kept, table) if len(t)], ignore_index=True)
     both = both[both["method"].isin(plan.methods)]
     place = {m: i for i, m in enumerate(plan.methods)}
@@ -432,19 +470,20 @@ def provenance(
     return found | {"command": [command], "parameters": sorted([f"params/{name}.yaml", *found["parameters"]])}
 
 
-def _search(method: _Method) -> tuple[float, str]:
-    """The best learning rate and all that were tried, with the first seed and keep_ratio."""
+def _search(method: _Method, keep_ratio: float, begin: float) -> tuple[float, str]:
+    """The best learning rate and all that were tried, with the first seed."""
     plan = load_comparison(method.name, method.root)
-    for ratio in plan.keep_ratios:  # what cannot be is said before anything trains
+    # What cannot be is said before anything trains.
+    for ratio in plan.keep_ratios if keep_ratio == plan.keep_ratios[0] else ():
         method.of(plan.first_lr, ratio, plan.seeds[0])
     tried: dict[float, float] = {}
 
     def reached(lr: float) -> float:
         if lr not in tried:
-            tried[lr] = _reached(method.train(lr, plan.keep_ratios[0], plan.seeds[0]))
+            tried[lr] = _reached(method.train(lr, keep_ratio, plan.seeds[0]))
         return tried[lr]
 
-    best = climb(sorted(plan.lrs), plan.first_lr, reached)
+    best = climb(sorted(plan.lrs), begin, reached)
     return best, " ".join(f"{x:g}" for x in sorted(tried))
 
 
