@@ -118,13 +118,12 @@ def experiment(
 
 def check_method(
     name: str, preset: str, method: str, lr: float, keep_ratio: float, seed: int, root: Path
-) -> Settings:
-    """The settings of a method's experiment; raises UsageError if it could not begin. Nothing is measured or trained for that."""
+) -> None:
+    """Raise UsageError if a method's experiment could not begin; nothing is measured or trained for that."""
     shared = settings_of(name, root, method, lr, keep_ratio, seed)
-    settings = load_settings(preset, name, root, **shared)
+    load_settings(preset, name, root, **shared)
     # Widths by sensitivity would be measured, and nothing that can be wrong depends on them.
     Experiment(preset, name, root, **shared | {"widths": "uniform", "round_to": 1})
-    return settings
 
 
 def of_budget(settings: Settings, budget: float) -> dict[str, int]:
