@@ -1,5 +1,7 @@
 """Timing in turns: what is compared with what, and when it is believed."""
 
+import subprocess
+import sys
 import time
 from collections import namedtuple
 
@@ -7,7 +9,7 @@ import pytest
 import torch
 
 from alphaprune import UsageError
-from alphaprune.timing import alternate
+from alphaprune.timing import alternate, cores_of_others, moment
 
 
 class Clock:
@@ -70,6 +72,16 @@ def test_nor_is_what_another_process_computed_beside(monkeypatch):
     assert alone.at["f", "others"] == pytest.approx(0.1) and alone.at["f", "trusted"]
     assert beside.at["f", "others"] == pytest.approx(0.9) and not beside.at["f", "trusted"]
     assert elsewhere.at["f", "trusted"]  # one of two cores was left free
+
+
+def test_what_it_started_itself_is_none_of_the_others():
+    busy = "import time\nwhile time.process_time() < 0.5: pass"
+    before = moment()
+    subprocess.run([sys.executable, "-c", busy], check=True)
+    after = moment()
+    assert after[2] - before[2] >= 0.5
+    blamed = cores_of_others(before, (*after[:2], before[2])) - cores_of_others(before, after)
+    assert blamed > 0 and after[0] > before[0]
 
 
 def test_what_is_short_is_timed_in_blocks(monkeypatch):

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
+import logging
 import math
 import tempfile
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -30,7 +30,7 @@ from alphaprune.narrowing import folded_at_once, torch_pruning
 from alphaprune.parallel import ParallelModel
 from alphaprune.passes import training_step
 from alphaprune.recipe import Recipe
-from alphaprune.timing import alternate, clock, torch_threads
+from alphaprune.timing import alternate, clock, cores_of_others, moment, torch_threads, trusted
 from alphaprune.train import Accelerator, accelerator_for_this_machine, fit
 
 KEEP_RATIO = 0.34375
@@ -183,34 +183,35 @@ def inference(name: str, network: nn.Module, x: Tensor, threads: int, seconds: f
         times[(times["network"] == n) & (times["way"] == "optimised")].iloc[0]
         for n in ("folded", "Torch-Pruning")
     )
-    rows.append(
-        _row(
-            f"{name}, batch {len(x)}: folded against Torch-Pruning, both optimised",
-            ours["faster"] / theirs["faster"],
-            "times as fast",
-            Target(),
-            ours,
-        )
-    )
-    return rows
+    what = f"{name}, batch {len(x)}: folded against Torch-Pruning, both optimised"
+    both = _row(what, ours["faster"] / theirs["faster"], "times as fast", Target(), ours)
+    both["spread"] = max(both["spread"], float(theirs["spread"]))
+    both["trusted"] = both["trusted"] and bool(theirs["trusted"])
+    return [*rows, both]
 
 
 def once(width: float, images: int, threads: int) -> list[dict[str, Any]]:
     """What is done once for a network: seconds for the start by least squares, and for folding."""
     seen = torch.randn(images, 3, 32, 32)
-    with torch_threads(threads):
-        started = time.monotonic()
-        model = ParallelModel(vgg16(width), KEEP_RATIO, seen[:2], init="least_squares", images=seen)
-        fitted = time.monotonic()
-        model.alpha = 0.0
-        fold(model)
-        folded = time.monotonic()
-    shared = {"threads": threads}
     network = f"VGG-16 of width {width:g}"
+    with torch_threads(threads):
+        before = moment()
+        model = ParallelModel(vgg16(width), KEEP_RATIO, seen[:2], init="least_squares", images=seen)
+        fitted = run_once(f"start by least squares, {network}, {images} images", FIT_TARGET, before, threads)
+        model.alpha = 0.0
+        folding = alternate({"fold": lambda: fold(model)}, threads=threads).loc["fold"]
     return [
-        {"what": f"start by least squares, {network}, {images} images", "value": fitted - started, "unit": "seconds"} | _target(FIT_TARGET, fitted - started) | shared,
-        {"what": f"fold with its certificate, {network}", "value": folded - fitted, "unit": "seconds"} | _target(Target(), 0) | shared,
-    ]  # fmt: skip
+        fitted,
+        _row(f"fold with its certificate, {network}", folding["median"], "seconds", Target(), folding),
+    ]
+
+
+def run_once(what: str, target: Target, before: tuple[float, float, float], threads: int) -> dict[str, Any]:
+    """The row of what took so long that it was run once, from `timing.moment` before it until now: it has no spread, and is trusted where the machine was not busy."""
+    after = moment()
+    seconds, others = after[0] - before[0], cores_of_others(before, after)
+    row = {"what": what, "value": seconds, "unit": "seconds"} | _target(target, seconds)
+    return row | {"others": others, "trusted": trusted(0.0, others, threads), "threads": threads}
 
 
 def training_on(
@@ -238,12 +239,15 @@ def training_on(
     an_epoch: dict[str, float] = {}
     for name, network in _with_branches_and_folded(width, x).items():
         operations = FLOPS_A_MULTIPLY_ADD * PASSES * multiply_adds(network, x) / batch
+        before = moment()
         low, an_epoch[name], high = np.quantile(
             _epochs(network, train, batch, accelerator), [0.25, 0.5, 0.75]
         )
+        spread, others = (high - low) / an_epoch[name], cores_of_others(before, moment())
         rate = images // batch * batch / an_epoch[name]
         share = 100 * operations * rate / peak if peak else math.nan
-        timed = shared | {"spread": (high - low) / an_epoch[name]}
+        busy = {"others": others, "trusted": trusted(spread, others, shared["threads"])}
+        timed = shared | {"spread": spread} | busy
         rows += [
             {"what": f"{what}: {name}, an epoch of {images:,} images", "value": an_epoch[name], "unit": "seconds"} | timed,
             {"what": f"{what}: {name}, training", "value": rate, "unit": "images a second"} | timed,
@@ -293,12 +297,12 @@ def _epochs(network: nn.Module, train: Split, batch: int, accelerator: Accelerat
 def compiled_on(
     device: str, what: str, network: nn.Module, x: Tensor, seconds: float
 ) -> list[dict[str, Any]]:
-    """A training step on one device as it is, through torch.compile, and replayed from CUDA graphs, in turns. What does not work here says why.
+    """A training step on one device as it is, through torch.compile, and on a GPU replayed from CUDA graphs, in turns. What does not work here says why.
 
     A network with branches torch.compile takes in pieces, and the last of many layers not at all (its `recompile_limit`).
 
     Args:
-        device: "cuda", or "cpu" in float32, where there are no CUDA graphs.
+        device: "cuda", or "cpu" in float32, with the threads that torch has.
         what: the network's name.
         network: with two classes or more. It is not changed.
         x: images, (N, C, H, W).
@@ -310,8 +314,11 @@ def compiled_on(
     ways: dict[str, Callable[[nn.Module], Callable[[Tensor], Tensor]]] = {
         "eager": lambda own: own,
         "torch.compile": torch.compile,
-        "CUDA graphs": lambda own: _captured(own, x, accelerator),
     }
+    if device == "cuda":
+        ways["CUDA graphs"] = lambda own: _captured(own, x, accelerator)
+    # What it says of pieces that it does not compile; they run as they are.
+    logging.getLogger("torch._dynamo").setLevel(logging.ERROR)
     steps: dict[str, Callable[[], None]] = {}
     rows = []
     for way, prepared in ways.items():
@@ -359,6 +366,11 @@ def _step(
     return step
 
 
+def _on_one_thread(group: Callable[..., list[dict[str, Any]]], *arguments: Any) -> list[dict[str, Any]]:
+    with torch_threads(1):
+        return group(*arguments)
+
+
 def measure(sizes: Sizes = Sizes(), say: Callable[[str], None] = print) -> pd.DataFrame:
     """Everything, one row a figure; what is of a GPU only where there is one.
 
@@ -377,6 +389,15 @@ def measure(sizes: Sizes = Sizes(), say: Callable[[str], None] = print) -> pd.Da
         "ResNet-18": lambda: inference("ResNet-18", torchvision.models.resnet18(), torch.randn(s.resnet_batch, 3, s.resnet_side, s.resnet_side), s.threads, s.seconds),
         "once": lambda: once(s.full_width, s.fit_images, s.threads),
     }  # fmt: skip
+    x, of_width = torch.randn(s.batch, 3, 32, 32), f"VGG-16 of width {s.quick_width:g}"
+    for name, network in {
+        "plain": vgg16(s.quick_width),
+        **_with_branches_and_folded(s.quick_width, x),
+    }.items():
+        if name in ("plain", "alpha 0.5"):
+            groups[f"compiled, {name}"] = partial(
+                _on_one_thread, compiled_on, "cpu", f"{of_width}, {name}", network, x, s.seconds / 4
+            )
     if torch.cuda.is_available():
         peak = PEAKS.get(torch.cuda.get_device_name())
         x, of_width = torch.randn(s.batch, 3, 32, 32), f"VGG-16 of width {s.full_width:g}"
@@ -399,12 +420,14 @@ def measure(sizes: Sizes = Sizes(), say: Callable[[str], None] = print) -> pd.Da
 
 
 def as_line(row: Mapping[str, Any]) -> str:
-    """A figure for people: what, how much, and whether that keeps to its target and is to be trusted."""
+    """A figure for people: what, how much, whether that keeps to its target, how far runs differed, and whether it is to be trusted."""
     line = f"{row['what']}: {_number(row['value'])} {row['unit']}"
     if row["target"]:
         line += f" (target: {row['target']}{'' if row['holds'] else '; FALLS SHORT'})"
+    if not math.isnan(row.get("spread", math.nan)):
+        line += f"; spread {row['spread']:.0%}"
     if row.get("trusted") is False:
-        line += f"; not to be trusted: spread {row['spread']:.0%}, others kept {row['others']:.2f} cores busy"
+        line += f"; not to be trusted: others kept {row['others']:.2f} cores busy"
     return line
 
 

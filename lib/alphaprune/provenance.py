@@ -17,12 +17,15 @@ import argparse
 import hashlib
 import io
 import json
+import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from html.parser import HTMLParser
 from importlib.metadata import version
 from pathlib import Path
@@ -56,8 +59,23 @@ def provenance(root: Path, command: str) -> dict[str, Any]:
         "lock_sha256": hashlib.sha256(lock.read_bytes()).hexdigest() if lock.is_file() else None,
         "versions": {name: version(name) for name in ("torch", "torchvision", "accelerate")}
         | {"python": platform.python_version()},
-        "hardware": {"machine": platform.machine(), "gpu": gpu, "threads": torch.get_num_threads()},
+        "hardware": {
+            "machine": platform.machine(),
+            "cpu": _cpu(),
+            "cores": os.cpu_count(),
+            "gpu": gpu,
+            "threads": torch.get_num_threads(),
+        },
     }
+
+
+def _cpu() -> str | None:
+    """What the processor calls itself, None where it does not say."""
+    with suppress(OSError):
+        said = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(errors="replace"), re.M)
+        if said:
+            return said[1].strip()
+    return platform.processor() or None
 
 
 def papermill_command(notebook: str, file: str, changed: Mapping[str, Any]) -> str:

@@ -8,6 +8,7 @@ layer: measured so, a narrow VGG-16 was slower by half and more than alone, at a
 
 from __future__ import annotations
 
+import os
 import time
 import timeit
 from collections.abc import Callable, Iterator, Mapping
@@ -125,11 +126,14 @@ def trusted(spread: float, cores: float, threads: int) -> bool:
 
 
 def moment() -> tuple[float, float, float]:
-    """For `cores_of_others`: seconds on the clock, of computing on all cores together, and of this process on all cores."""
+    """For `cores_of_others`: seconds on the clock, of computing on all cores together, and of this process on all cores, with those that it started
+    and that have ended."""
     cores = psutil.cpu_times()
     idle = cores.idle + getattr(cores, "iowait", 0.0)
     guests = getattr(cores, "guest", 0.0) + getattr(cores, "guest_nice", 0.0)  # counted in user and nice too
-    return time.monotonic(), sum(cores) - idle - guests, time.process_time()
+    ended = os.times()
+    own = time.process_time() + ended.children_user + ended.children_system
+    return time.monotonic(), sum(cores) - idle - guests, own
 
 
 def cores_of_others(before: tuple[float, float, float], after: tuple[float, float, float]) -> float:
