@@ -40,7 +40,7 @@ ifeq ($(filter $(PRESET),$(PRESETS)),)
 $(error preset '$(PRESET)' is unknown; there are: $(PRESETS))
 endif
 
-.PHONY: best pace verify audit benchmark benchmark-check skips own-network coverage cliff controls unfinished time-and-memory how-cost-grows why test-faults FORCE
+.PHONY: best rounded pace verify audit benchmark benchmark-check skips own-network coverage cliff controls unfinished time-and-memory how-cost-grows why test-faults FORCE
 .PHONY: reproduce-figures figures html pretrain experiments data lab test environment lock clean help $(EXPERIMENTS) pruned
 
 # Before make decides what is old: what is not as it was written counts as old too, and is named.
@@ -69,6 +69,7 @@ help:
 	@echo "make controls            against Torch-Pruning, training from scratch and the report's recipe"
 	@echo "make pace                seconds of each method of make controls, one after another, to compare them by time"
 	@echo "make best                the recipe that does best, with three seeds, folded and saved"
+	@echo "make rounded             what channel counts in multiples of 4 and 8 cost in accuracy"
 	@echo "make unfinished          what frees the models that Figures 1 to 3 left unfinished"
 	@echo "make time-and-memory     original and pruned networks: latency, throughput, memory, what to deploy with"
 	@echo "make how-cost-grows      a training step against width, keep_ratio, depth and image size"
@@ -148,6 +149,7 @@ why: | $(READY)
 	@$(BIN)/python -m alphaprune.comparison cliff $(PRESET) --why
 	@$(BIN)/python -m alphaprune.comparison controls $(PRESET) --why
 	@$(BIN)/python -m alphaprune.comparison controls $(PRESET) --budgets --why
+	@$(BIN)/python -m alphaprune.comparison rounded $(PRESET) --why
 
 # ---- beyond the report: notebooks of their own
 
@@ -192,6 +194,13 @@ best: $(R)/html/best.html
 	@echo "Network:   $(R)/best/"
 $(R)/notebooks/best.ipynb: $(H)/notebooks/13_best_recipe.ipynb $(H)/params/controls.yaml $(H)/params/$(PRESET)/controls.yaml $(H)/params/$(PRESET)/preset.yaml $(LIBRARY) $(R)/notebooks/pretrain.ipynb \
     | $(if $(filter controls,$(MAKECMDGOALS)),$(R)/notebooks/controls.ipynb)
+	@$(RUN) $(<:$(H)/%=%) $@ -p preset $(PRESET) -p jobs $(JOBS)
+	@touch $(R)/.changed
+
+rounded: $(R)/html/rounded.html
+	@echo "Page:      $<"
+$(R)/notebooks/rounded.ipynb: $(H)/notebooks/14_rounded_widths.ipynb $(foreach e,controls rounded,$(H)/params/$(e).yaml $(H)/params/$(PRESET)/$(e).yaml) $(H)/params/$(PRESET)/preset.yaml $(LIBRARY) $(R)/notebooks/pretrain.ipynb \
+    | $(foreach e,controls best,$(if $(filter $(e),$(MAKECMDGOALS)),$(R)/notebooks/$(e).ipynb))
 	@$(RUN) $(<:$(H)/%=%) $@ -p preset $(PRESET) -p jobs $(JOBS)
 	@touch $(R)/.changed
 
@@ -269,6 +278,6 @@ audit: | $(READY)
 	@$(BIN)/python notebooks/audit.py requirements.lock
 
 # What is compared took hours, and is what the tables beside it say.
-COMPARED := $(addprefix $(R)/stages/,controls cliff unfinished)
+COMPARED := $(addprefix $(R)/stages/,controls cliff rounded unfinished)
 clean:
 	rm -rf $(R)/.inputs $(R)/.seals $(R)/notebooks $(R)/html $(R)/figures $(filter-out $(COMPARED),$(wildcard $(R)/stages/*)) $(R)/bundle $(R)/own_images $(R)/report.html $(R)/scorecard.csv

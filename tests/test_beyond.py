@@ -29,6 +29,9 @@ def test_skip_connections(whole_project):
 def test_own_network(whole_project):
     done = make(whole_project, "own-network")
     assert done.returncode == 0, done.stderr[-2000:]
+    course = whole_project / "results" / "smoke" / "figures" / "own_network_course"
+    assert "if it were folded: " in course.with_suffix(".txt").read_text()
+    assert course.with_suffix(".png").is_file()
     bundle = whole_project / "results" / "smoke" / "bundle"
     assert {f.name for f in bundle.iterdir()} >= {
         "weights.safetensors", "model.py", "model.onnx", "certificate.json", "record.json", "SHA256SUMS",

@@ -30,8 +30,13 @@ def trimmed(whole_project):
             "scratch, distilled",
             "report's recipe",
         ),
+        "rounded": ("alphaprune, annealed, multiples of 4, distilled",),
     }
-    fewer = {"cliff": {}, "controls": {"seeds": [0, 1], "keep_ratios": [0.5, 0.34375], "budgets": [0.5]}}
+    fewer = {
+        "cliff": {},
+        "rounded": {"seeds": [0, 1]},
+        "controls": {"seeds": [0, 1], "keep_ratios": [0.5, 0.34375], "budgets": [0.5]},
+    }
     for name, methods in chosen.items():
         file = whole_project / "params" / f"{name}.yaml"
         content = yaml.safe_load(file.read_text())
@@ -86,6 +91,21 @@ def test_the_best_recipe(trimmed):
     assert row["test_accuracy"] == pytest.approx(record["test_accuracy"], rel=1e-5)  # six digits in the table
     network = load_file(results / "best" / "weights.safetensors")
     assert sum(t.numel() for name, t in network.items() if not name.endswith(STATISTICS)) == row["params"]
+
+
+def test_rounded_widths(trimmed):
+    done = make(trimmed, "rounded")
+    assert done.returncode == 0, done.stderr[-2000:]
+    results = trimmed / "results" / "smoke"
+    rounded, beside = (pd.read_csv(results / f"{name}.csv") for name in ("rounded", "controls"))
+    beside = beside[beside["method"].str.contains("annealed, widths") & (beside["keep_ratio"] == 0.34375)]
+    assert len(rounded) == len(beside) == 2
+    channels = pd.read_csv(results / "rounded_channels.csv").iloc[:-1]  # the last layer has a channel a class
+    ours = channels["alphaprune, annealed, multiples of 4, distilled"]
+    assert (
+        (ours % 4 == 0).all() and (ours <= channels["original"]).all() and (ours < channels["original"]).any()
+    )
+    assert (results / "figures" / "rounded.png").is_file()
 
 
 def test_unfinished_models(trimmed):

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
-from alphaprune.data import Dataset, batches
+from alphaprune.data import Dataset, Split, batches
 from alphaprune.modes import in_eval_mode
 from alphaprune.parallel import ParallelModel
-from alphaprune.train import evaluate
+from alphaprune.train import accelerator_for_this_machine, evaluate
 from alphaprune.widths import KeepRatio
 
 # For a network that is not trained: where it is looked at; the first validation images, which it is scored on; the first
@@ -65,6 +65,20 @@ def wide_share(model: ParallelModel, images: Tensor) -> dict[str, float]:
     return found
 
 
+def fold_now(model: nn.Module, val: Split) -> float:
+    """What a model would score, as a share of 1, if it were folded at this moment: its accuracy at alpha 0. It is left as it was.
+
+    Args:
+        model: one with an alpha, such as a `ParallelModel`.
+        val: the images.
+    """
+    alpha, model.alpha = model.alpha, 0.0
+    accuracy = evaluate(model, val, accelerator=accelerator_for_this_machine())[1]
+    model.alpha = alpha
+    return accuracy
+
+
+@torch.no_grad()
 def without_training(
     model: ParallelModel,
     alphas: Sequence[float],

@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from alphaprune import data as images
-from alphaprune.blend import wide_share
+from alphaprune.blend import fold_now, wide_share
 from alphaprune.course import FOLD_NOW_AT_END, FOLD_NOW_RUNNING, WIDE_SHARE
 from alphaprune.identity import Node
 from alphaprune.interrupt import Interrupted
@@ -21,7 +21,7 @@ from alphaprune.records import COLUMNS, write_record
 from alphaprune.stage_networks import StageNetworks, set_alpha
 from alphaprune.stages import Stages
 from alphaprune.storage import save_tensors, write_bytes
-from alphaprune.train import Outcome, accelerator_for_this_machine, evaluate, fit
+from alphaprune.train import Outcome, fit
 
 SHARE_IMAGES = 500  # at most, for `wide_share`
 
@@ -48,13 +48,6 @@ def train_stage(of: Stages, node: Node, data: images.Dataset, progress: Progress
     objective, falls = stage.objective(), stage.alpha_from is not None
     teacher = networks.pretrained(node) if objective.needs_teacher else None
 
-    def fold_now() -> float:
-        """What the network would score if it were folded at this moment."""
-        alpha, model.alpha = model.alpha, 0.0
-        accuracy = evaluate(model, val, accelerator=accelerator_for_this_machine())[1]
-        model.alpha = alpha
-        return accuracy
-
     def share() -> dict[str, float]:
         """How much of what each mixer reads comes from the wide program."""
         if not isinstance(model, ParallelModel) or model.alpha == 0:
@@ -65,7 +58,7 @@ def train_stage(of: Stages, node: Node, data: images.Dataset, progress: Progress
     def measure(epoch: int) -> dict[str, float]:
         if stage.alpha is None or epoch % s.fold_now_every:
             return {}
-        return {FOLD_NOW_RUNNING: fold_now(), **share()}
+        return {FOLD_NOW_RUNNING: fold_now(model, val), **share()}
 
     def anneal(done: float) -> bool:
         """Alpha as it is when a share of the stage is done; whether it is the stage's."""
@@ -84,7 +77,7 @@ def train_stage(of: Stages, node: Node, data: images.Dataset, progress: Progress
         anneal(1.0)  # also where it ended early
     metrics = {"val_accuracy": outcome.reached}
     if stage.alpha is not None:
-        metrics[FOLD_NOW_AT_END] = fold_now()
+        metrics[FOLD_NOW_AT_END] = fold_now(model, val)
         last = {"step": outcome.steps, "epoch": outcome.epochs, "split": "val"}
         outcome.history.append(last | {"metric": FOLD_NOW_AT_END, "value": metrics[FOLD_NOW_AT_END]})
     digest = save_tensors(of.weights(node), model.state_dict())
