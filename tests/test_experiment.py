@@ -219,7 +219,7 @@ def test_figures_of_another_seed_have_another_name(small):
 
 def test_a_layer_of_a_pruned_network_prints_as_it_does_alone():
     network = resnet20()
-    pruned = Pruned(str(network), None, None)
+    pruned = Pruned(str(network), None, None, None)
     assert pruned.layer("blocks.3") == f"(3): {network.blocks[3]}"
     assert pruned.layer("blocks.3.conv2") == f"(conv2): {network.blocks[3].conv2}"
     with pytest.raises(UsageError, match=r"no layer 'blocks\.9'"):

@@ -38,7 +38,16 @@ def reproduced(whole_project):
 def test_everything_is_made_and_the_paths_are_named(reproduced):
     folder, done = reproduced
     results = folder / "results" / "smoke"
-    for figure in ("figure1", "figure2", "figure3", "figure4", "overview", "pruned", "pretraining"):
+    for figure in (
+        "figure1",
+        "figure2",
+        "figure3",
+        "figure4",
+        "overview",
+        "pruned",
+        "pruned_dead",
+        "pretraining",
+    ):
         assert (results / "figures" / f"{figure}.png").read_bytes().startswith(b"\x89PNG")
         assert "<svg" in (results / "figures" / f"{figure}.svg").read_text()
     assert done.stdout.splitlines()[-4:] == [

@@ -300,7 +300,7 @@ def dead_map(table: pd.DataFrame, title: str) -> Figure:
     grid = 100 * table.pivot(index="model", columns="layer", values="dead")
     grid = grid.reindex(dict.fromkeys(table["model"]))[list(dict.fromkeys(table["layer"]))]
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(2.6 + 0.6 * grid.shape[1], 1.4 + 0.42 * grid.shape[0]), layout="constrained")
+        figure = Figure(figsize=(2.6 + 0.6 * grid.shape[1], 2.2 + 0.42 * grid.shape[0]), layout="constrained")
         ax = figure.subplots()
         sns.heatmap(grid, ax=ax, vmin=0, vmax=100, cmap="rocket_r", annot=True, fmt=".0f", annot_kws={"size": 8},
                     cbar_kws={"label": "% of channels dead"})  # fmt: skip

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from alphaprune import data as images
+from alphaprune.dead import dead_channels
 from alphaprune.errors import Damaged, UsageError
 from alphaprune.experiment import Experiment
 from alphaprune.fold import Certificate, fold
@@ -27,9 +28,11 @@ from alphaprune.storage import check_digest, digest_file, save_tensors
 from alphaprune.train import evaluate
 
 # Raise it when what `prune` measures or records changes; older records are then made anew.
-PRUNING_VERSION = 2
+PRUNING_VERSION = 3
 CERTIFIED = 1000  # validation images that the certificate is measured on, at most
+LOOKED_AT = 500  # validation images that dead channels are looked for in, at most
 COLUMNS = ["network", "val_accuracy", "test_accuracy", "parameters", "multiply_adds"]
+DEAD = ["network", "layer", "dead"]
 WEIGHTS = "weights.safetensors"
 ORIGINAL, UNFOLDED, FOLDED = "original", "alpha 0", "folded"
 
@@ -43,11 +46,14 @@ class Pruned:
         certificate: measured on validation images.
         table: a row each for the original, the unfolded model at alpha 0 and the folded network; columns
             `COLUMNS`, accuracies in 0..1.
+        dead: a row a ReLU of the original and of the folded network, columns `network`, `layer` and `dead` as of `dead.dead_channels`, on
+            validation images.
     """
 
     network: str
     certificate: Certificate
     table: pd.DataFrame
+    dead: pd.DataFrame
 
     def layer(self, name: str) -> str:
         """How a layer of the folded network prints, with all that is in it; `name` as of `get_submodule`, such as blocks.3."""
@@ -98,7 +104,8 @@ def load_pruned(experiment: Experiment) -> Pruned | None:
     if made != (experiment.find(experiment.to_fold()).identity, PRUNING_VERSION):
         return None
     certificate = Certificate.from_record(content["certificate"])
-    return Pruned(content["network"], certificate, pd.DataFrame(content["table"], columns=COLUMNS))
+    tables = pd.DataFrame(content["table"], columns=COLUMNS), pd.DataFrame(content["dead"], columns=DEAD)
+    return Pruned(content["network"], certificate, *tables)
 
 
 def _prune(experiment: Experiment) -> Pruned:
@@ -112,10 +119,13 @@ def _prune(experiment: Experiment) -> Pruned:
     model.composed = False  # the table compares with the plain form too
     test = images.load_test(s.data)
     rows = []
-    for name, network in ((ORIGINAL, experiment.base_network()), (UNFOLDED, model), (FOLDED, small)):
+    original = experiment.base_network()
+    for name, network in ((ORIGINAL, original), (UNFOLDED, model), (FOLDED, small)):
         validation, final = (evaluate(network, split)[1] for split in (val, test))
         costs = parameters(network), multiply_adds(network, torch.zeros(1, 3, 32, 32))
         rows.append(dict(zip(COLUMNS, (name, validation, final, *costs), strict=True)))
+    both = ((ORIGINAL, original), (FOLDED, small))
+    dead = pd.concat(dead_channels(n, x[:LOOKED_AT]).assign(network=name) for name, n in both)[DEAD]
     folder = _folder(experiment)
     digest = save_tensors(folder / WEIGHTS, small.state_dict())
     record: dict[str, Any] = {
@@ -127,12 +137,13 @@ def _prune(experiment: Experiment) -> Pruned:
         "table": rows,
         "test_images": len(test),
         "certificate": asdict(certificate),
+        "dead": dead.to_dict("records"),
         "weights_sha256": digest,
         "data_checksum": experiment.data_checksum,
         **provenance(experiment.root, fold_command(experiment)),
     }
     write_record(folder / "run.json", record)
-    return Pruned(str(small), certificate, pd.DataFrame(rows, columns=COLUMNS))
+    return Pruned(str(small), certificate, pd.DataFrame(rows, columns=COLUMNS), dead)
 
 
 def side_by_side(networks: Mapping[str, Mapping[str, Pruned]]) -> pd.DataFrame:

@@ -88,6 +88,12 @@ class _Certificate(_Form):
     alpha: Share | list[Share]
 
 
+class _Dead(_Form):
+    network: str
+    layer: str
+    dead: Share
+
+
 class FoldRecord(_Form):
     """`run.json` of a folded network, see `prune`."""
 
@@ -97,6 +103,7 @@ class FoldRecord(_Form):
     network: str
     table: Annotated[list[_Row], Field(min_length=1)]
     certificate: _Certificate
+    dead: list[_Dead] = []  # of version 3 on
 
 
 class SensitivityRecord(_Form):
