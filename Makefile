@@ -199,7 +199,7 @@ $(R)/notebooks/best.ipynb: $(H)/notebooks/13_best_recipe.ipynb $(H)/params/contr
 
 rounded: $(R)/html/rounded.html
 	@echo "Page:      $<"
-$(R)/notebooks/rounded.ipynb: $(H)/notebooks/14_rounded_widths.ipynb $(foreach e,controls rounded,$(H)/params/$(e).yaml $(H)/params/$(PRESET)/$(e).yaml) $(H)/params/$(PRESET)/preset.yaml $(LIBRARY) $(R)/notebooks/pretrain.ipynb \
+$(R)/notebooks/rounded.ipynb: $(H)/notebooks/14_what_rounding_costs.ipynb $(foreach e,controls rounded,$(H)/params/$(e).yaml $(H)/params/$(PRESET)/$(e).yaml) $(H)/params/$(PRESET)/preset.yaml $(LIBRARY) $(R)/notebooks/pretrain.ipynb \
     | $(foreach e,controls best,$(if $(filter $(e),$(MAKECMDGOALS)),$(R)/notebooks/$(e).ipynb))
 	@$(RUN) $(<:$(H)/%=%) $@ -p preset $(PRESET) -p jobs $(JOBS)
 	@touch $(R)/.changed

@@ -10,7 +10,7 @@ import yaml
 from matplotlib.figure import Figure
 
 from alphaprune.comparison import curves, original, summary
-from alphaprune.course import falls, with_falling_alpha
+from alphaprune.course import FOLD_NOW_RUNNING, falls, with_falling_alpha
 from alphaprune.method_plots import WIDTHS, budget_curves, cliffs, pareto
 from alphaprune.pace import at_seconds, recorded, timed
 
@@ -41,6 +41,7 @@ def blocks() -> dict[str, str]:
         "one ratio": _one(one),
         "all": _all(rows),
         "aims": _aims(rows),
+        "course": _course(),
         "cliff": _cliff(),
         "budgets": _budgets(),
     }
@@ -186,6 +187,24 @@ def _cliff() -> str:
         "after an epoch at alpha 0",
     ]
     return _table([*head, "reached"], lines)
+
+
+def _course() -> str:
+    """What the first of SHORT would score if it were folded, epoch by epoch, and while alpha is above 0 the blend."""
+    table = pd.read_csv(RESULTS / "controls.csv")
+    found = curves("controls", "quick", table[table["method"] == SHORT[0]], ROOT)
+    own = found[(found["split"] == "val") & found["metric"].isin(["accuracy", FOLD_NOW_RUNNING])]
+    alphas = own.groupby("epoch")["alpha"].first()
+    lines = []
+    for ratio in RATIOS:
+        at = own[own["keep_ratio"] == ratio].pivot_table(index="epoch", columns="metric", values="value")
+        cells = [
+            f"{100 * now:.1f}" + (f" ({100 * blend:.1f})" if alphas[epoch] > 0 else "")
+            for epoch, blend, now in zip(at.index, at["accuracy"], at[FOLD_NOW_RUNNING], strict=True)
+        ]
+        lines.append([f"{ratio:g}", *cells])
+    head = [f"epoch {epoch}, alpha {alpha:.2g}" for epoch, alpha in alphas.items()]
+    return _table(["keep_ratio", *head], lines)
 
 
 def _annealing(table: pd.DataFrame) -> Figure:

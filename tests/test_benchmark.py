@@ -1,5 +1,6 @@
 """What `make benchmark` measures, and what it says of it. How fast anything is, is no test."""
 
+import shutil
 import sys
 
 import pandas as pd
@@ -16,6 +17,7 @@ sys.path.insert(0, str(ROOT / "notebooks"))
 import benchmark
 
 NO_WAY = "does not work here"
+COMPILER = any(map(shutil.which, ("g++", "clang++", "c++")))
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +32,8 @@ def measured():
 def test_everything_is_measured_with_its_target(measured):
     table, lines = measured
     assert list(table.columns) == COLUMNS
-    table = table[~table["unit"].str.contains(NO_WAY)]  # such as where there is no compiler
+    if not COMPILER:
+        table = table[~table["unit"].str.contains(NO_WAY)]
     assert (table["value"] > 0).all() and table["trusted"].isin([True, False]).all()
     with_target = table[table["target"] != ""]
     parts = (
@@ -88,9 +91,10 @@ def test_a_step_is_compiled_beside_eager_and_what_does_not_work_says_why():
     x = torch.randn(2, 3, 8, 8)
     rows = compiled_on(device, "small", network, x, seconds=0.1)
     ways = ["eager", "torch.compile", *(["CUDA graphs"] if device == "cuda" else [])]
-    assert [r["what"].rpartition(", ")[2] for r in rows] == ways
+    assert {r["what"].rpartition(", ")[2] for r in rows} == set(ways)
     assert rows[0]["value"] == 1 and rows[0]["milliseconds"] > 0
-    assert all(r["value"] > 0 or NO_WAY in r["unit"] for r in rows)  # such as where there is no compiler
+    compiled = next(r for r in rows if r["what"].endswith("torch.compile"))
+    assert compiled["value"] > 0 if COMPILER else NO_WAY in compiled["unit"]
     assert all(torch.equal(v, before[k]) for k, v in network.state_dict().items())
 
 
@@ -102,7 +106,7 @@ def test_a_way_that_does_not_work_says_why(monkeypatch):
     network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 2))
     rows = compiled_on("cpu", "small", network, torch.randn(2, 3, 2, 2), seconds=0.1)
     assert [as_line(r) for r in rows if NO_WAY in r["unit"]] == [
-        "cpu, small, batch 2: a step, torch.compile: not known does not work here (no C++ compiler)"
+        "cpu, small, batch 2: a step, torch.compile: not known since it does not work here (no C++ compiler)"
     ]
 
 
@@ -140,7 +144,7 @@ def test_a_ratio_that_falls_short_fails_unless_the_machine_was_busy(rows, code):
 
 def test_what_is_not_to_be_trusted_says_so():
     line = as_line(row(False, False))
-    assert "FALLS SHORT" in line and "; spread 30%; not to be trusted: others kept 1.00 cores busy" in line
+    assert "FALLS SHORT" in line and "; not to be trusted: spread 30%, others kept 1.00 cores busy" in line
     assert as_line(row(True, True)).endswith("; spread 30%")
     assert "not to be trusted" in as_table(pd.DataFrame([row(True, False)]))
 

@@ -4,10 +4,14 @@ import json
 
 import pandas as pd
 import pytest
+import torch
 import yaml
 from conftest import make
 from safetensors.torch import load_file
 
+from alphaprune.measure import multiply_adds, parameters
+from alphaprune.models import vgg16
+from alphaprune.narrowing import folded_at_once
 from alphaprune.provenance import read
 
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
@@ -89,6 +93,9 @@ def test_the_best_recipe(trimmed):
     table = pd.read_csv(results / "controls.csv").set_index(["method", "keep_ratio", "seed"])
     row = table.loc[(record["method"], 0.34375, record["seed"])]
     assert row["test_accuracy"] == pytest.approx(record["test_accuracy"], rel=1e-5)  # six digits in the table
+    ways = pd.read_csv(results / "best_ways.csv").set_index("way")
+    assert list(ways.index) == ["as it is", "optimised", "bfloat16"]
+    assert ways.at["as it is", "val_accuracy"] == pytest.approx(row["val_accuracy"], rel=1e-5)
     network = load_file(results / "best" / "weights.safetensors")
     assert sum(t.numel() for name, t in network.items() if not name.endswith(STATISTICS)) == row["params"]
 
@@ -100,8 +107,12 @@ def test_rounded_widths(trimmed):
     rounded, beside = (pd.read_csv(results / f"{name}.csv") for name in ("rounded", "controls"))
     beside = beside[beside["method"].str.contains("annealed, widths") & (beside["keep_ratio"] == 0.34375)]
     assert len(rounded) == len(beside) == 2
+    x = torch.zeros(1, 3, 32, 32)
+    one_ratio = folded_at_once(vgg16(0.125), 0.34375, x)
+    assert rounded["macs"].max() <= multiply_adds(one_ratio, x)
+    assert rounded["params"].max() <= parameters(one_ratio)
     channels = pd.read_csv(results / "rounded_channels.csv").iloc[:-1]  # the last layer has a channel a class
-    ours = channels["alphaprune, annealed, multiples of 4, distilled"]
+    ours = channels["alphaprune, annealed, multiples of 4, distilled, keep_ratio 0.34375"]
     assert (
         (ours % 4 == 0).all() and (ours <= channels["original"]).all() and (ours < channels["original"]).any()
     )

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-import logging
 import math
 import tempfile
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -207,7 +207,16 @@ def once(width: float, images: int, threads: int) -> list[dict[str, Any]]:
 
 
 def run_once(what: str, target: Target, before: tuple[float, float, float], threads: int) -> dict[str, Any]:
-    """The row of what took so long that it was run once, from `timing.moment` before it until now: it has no spread, and is trusted where the machine was not busy."""
+    """The row of what takes so long that it is run once: it has no spread, and is trusted where the machine was not busy.
+
+    Args:
+        what, target: of the row, in seconds.
+        before: `timing.moment` as it began; it has ended now.
+        threads: that it used.
+
+    Returns:
+        The row, with the columns of `measure` that are known.
+    """
     after = moment()
     seconds, others = after[0] - before[0], cores_of_others(before, after)
     row = {"what": what, "value": seconds, "unit": "seconds"} | _target(target, seconds)
@@ -308,7 +317,8 @@ def compiled_on(
         x: images, (N, C, H, W).
         seconds: of timing.
     """
-    accelerator = accelerator_for_this_machine(cpu=device == "cpu")
+    # accelerate knows one device a process, which on a GPU is that.
+    accelerator = accelerator_for_this_machine() if device == "cuda" else None
     x, labels = _in_order(x.to(device)), torch.zeros(len(x), dtype=torch.int64, device=device)
     what = f"{device}, {what}, batch {len(x)}: a step"
     ways: dict[str, Callable[[nn.Module], Callable[[Tensor], Tensor]]] = {
@@ -317,8 +327,6 @@ def compiled_on(
     }
     if device == "cuda":
         ways["CUDA graphs"] = lambda own: _captured(own, x, accelerator)
-    # What it says of pieces that it does not compile; they run as they are.
-    logging.getLogger("torch._dynamo").setLevel(logging.ERROR)
     steps: dict[str, Callable[[], None]] = {}
     rows = []
     for way, prepared in ways.items():
@@ -329,7 +337,7 @@ def compiled_on(
         except Exception as e:  # such as no compiler
             if way == "eager":
                 raise
-            why = f"does not work here ({' '.join(str(e).split())[:120]})"
+            why = f"since it does not work here ({' '.join(str(e).split())[:120]})"
             rows.append({"what": f"{what}, {way}", "value": math.nan, "unit": why} | _target(Target(), 0))
         else:
             steps[way] = step
@@ -352,21 +360,22 @@ def _step(
     forward: Callable[[Tensor], Tensor],
     x: Tensor,
     labels: Tensor,
-    accelerator: Accelerator,
+    accelerator: Accelerator | None,
 ) -> Callable[[], None]:
     optimiser = torch.optim.SGD(network.parameters(), lr=1e-3, momentum=0.9)
 
     def step() -> None:
-        with accelerator.autocast():
+        with accelerator.autocast() if accelerator else nullcontext():
             loss = F.cross_entropy(forward(x), labels)
         optimiser.zero_grad()
-        accelerator.backward(loss)
+        accelerator.backward(loss) if accelerator else loss.backward()
         optimiser.step()
 
     return step
 
 
 def _on_one_thread(group: Callable[..., list[dict[str, Any]]], *arguments: Any) -> list[dict[str, Any]]:
+    """As `quick` trains."""
     with torch_threads(1):
         return group(*arguments)
 
@@ -390,14 +399,12 @@ def measure(sizes: Sizes = Sizes(), say: Callable[[str], None] = print) -> pd.Da
         "once": lambda: once(s.full_width, s.fit_images, s.threads),
     }  # fmt: skip
     x, of_width = torch.randn(s.batch, 3, 32, 32), f"VGG-16 of width {s.quick_width:g}"
-    for name, network in {
-        "plain": vgg16(s.quick_width),
-        **_with_branches_and_folded(s.quick_width, x),
-    }.items():
-        if name in ("plain", "alpha 0.5"):
-            groups[f"compiled, {name}"] = partial(
-                _on_one_thread, compiled_on, "cpu", f"{of_width}, {name}", network, x, s.seconds / 4
-            )
+    blended = ParallelModel(vgg16(s.quick_width), KEEP_RATIO, x[:2])
+    blended.alpha = 0.5
+    for name, network in (("plain", vgg16(s.quick_width)), ("alpha 0.5", blended)):
+        groups[f"compiled, {name}"] = partial(
+            _on_one_thread, compiled_on, "cpu", f"{of_width}, {name}", network, x, s.seconds / 4
+        )
     if torch.cuda.is_available():
         peak = PEAKS.get(torch.cuda.get_device_name())
         x, of_width = torch.randn(s.batch, 3, 32, 32), f"VGG-16 of width {s.full_width:g}"
@@ -424,11 +431,11 @@ def as_line(row: Mapping[str, Any]) -> str:
     line = f"{row['what']}: {_number(row['value'])} {row['unit']}"
     if row["target"]:
         line += f" (target: {row['target']}{'' if row['holds'] else '; FALLS SHORT'})"
-    if not math.isnan(row.get("spread", math.nan)):
-        line += f"; spread {row['spread']:.0%}"
+    timed = [] if math.isnan(row.get("spread", math.nan)) else [f"spread {row['spread']:.0%}"]
     if row.get("trusted") is False:
-        line += f"; not to be trusted: others kept {row['others']:.2f} cores busy"
-    return line
+        timed.append(f"others kept {row['others']:.2f} cores busy")
+        timed = [f"not to be trusted: {', '.join(timed)}"]
+    return "; ".join([line, *timed])
 
 
 def as_table(table: pd.DataFrame) -> str:
@@ -440,7 +447,7 @@ def as_table(table: pd.DataFrame) -> str:
     for row in table.to_dict("records"):
         verdict = {True: "holds", False: "**falls short**"}.get(row["holds"], "")
         timed = ["" if pd.isna(row[k]) else form.format(row[k]) for k, form in FORMS.items()]
-        busy = "; not to be trusted, busy machine" if row["trusted"] is False else ""
+        busy = " not to be trusted" if row["trusted"] is False else ""
         cells = [
             row["what"],
             *timed[:2],

@@ -73,12 +73,12 @@ def fold_now(model: nn.Module, val: Split) -> float:
         val: the images.
     """
     alpha, model.alpha = model.alpha, 0.0
-    accuracy = evaluate(model, val, accelerator=accelerator_for_this_machine())[1]
-    model.alpha = alpha
-    return accuracy
+    try:
+        return evaluate(model, val, accelerator=accelerator_for_this_machine())[1]
+    finally:
+        model.alpha = alpha
 
 
-@torch.no_grad()
 def without_training(
     model: ParallelModel,
     alphas: Sequence[float],
