@@ -69,7 +69,7 @@ help:
 	@echo "make controls            against Torch-Pruning, training from scratch and the report's recipe"
 	@echo "make pace                seconds of each method of make controls, one after another, to compare them by time"
 	@echo "make best                the recipe that does best, with three seeds, folded and saved"
-	@echo "make rounded             what channel counts in multiples of 4 and 8 cost in accuracy"
+	@echo "make rounded             what channel counts in multiples of 4 cost in accuracy"
 	@echo "make unfinished          what frees the models that Figures 1 to 3 left unfinished"
 	@echo "make time-and-memory     original and pruned networks: latency, throughput, memory, what to deploy with"
 	@echo "make how-cost-grows      a training step against width, keep_ratio, depth and image size"
