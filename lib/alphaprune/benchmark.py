@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import logging
 import math
 import tempfile
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -333,7 +334,8 @@ def compiled_on(
         own = _in_order(copy.deepcopy(network).to(device)).train()
         try:
             step = _step(own, prepared(own), x, labels, accelerator)
-            step()
+            with _without_remarks():
+                step()
         except Exception as e:  # such as no compiler
             if way == "eager":
                 raise
@@ -347,6 +349,18 @@ def compiled_on(
         | {"milliseconds": 1000 * t.median}
         for t in times.itertuples()
     ] + rows
+
+
+@contextmanager
+def _without_remarks() -> Iterator[None]:
+    """A dozen lines on each piece that torch.compile leaves as it is."""
+    logger = logging.getLogger("torch._dynamo")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def _captured(network: nn.Module, x: Tensor, accelerator: Accelerator) -> Callable[[Tensor], Tensor]:
