@@ -52,9 +52,8 @@ the interquartile range as a share of the median, and above 15 % a figure is not
 """
 
 
-def write(table: pd.DataFrame) -> None:
+def write(table: pd.DataFrame, source: dict[str, object]) -> None:
     """docs/benchmark.json and docs/benchmark.md."""
-    source = provenance(ROOT, COMMAND)
     rows = [{k: v for k, v in r.items() if not pd.isna(v)} for r in table.to_dict("records")]
     write_json(ROOT / "docs" / "benchmark.json", source | {"figures": rows})
     write_bytes(ROOT / "docs" / "benchmark.md", page(table, source).encode())
@@ -79,6 +78,7 @@ def main(arguments: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
+    source = provenance(ROOT, COMMAND)  # of the tree before these pages change it
     table = measure(say=lambda line: print(line, flush=True))
     if args.check:
         found = verdict(table)
@@ -90,14 +90,14 @@ def main(arguments: list[str] | None = None) -> int:
         busy = int(table["trusted"].eq(False).sum())
         print(said[found], *([f"Of {len(table)} figures {busy} are not to be trusted."] if busy else []))
         return found
-    write(table)  # the ratios are there whatever becomes of the rest
+    write(table, source)  # the ratios are there whatever becomes of the rest
     try:
         row = whole_reproduction()
     except RuntimeError as e:
         print(f"alphaprune: {e}", file=sys.stderr)
         return 2
     print(as_line(row))
-    write(pd.concat([table, pd.DataFrame([row])], ignore_index=True))
+    write(pd.concat([table, pd.DataFrame([row])], ignore_index=True), source)
     print("docs/benchmark.md")
     return 0
 
