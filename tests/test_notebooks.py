@@ -163,7 +163,7 @@ def test_every_figure_and_page_leads_to_its_records(reproduced):
     folder, _ = reproduced
     results = folder / "results" / "smoke"
     carriers = [*results.rglob("*.png"), *results.rglob("*.svg"), *results.rglob("*.html")]
-    assert len(carriers) == 2 * 14 + len(PAGES) + 1
+    assert len(carriers) == 2 * 15 + len(PAGES) + 1
     for carrier in carriers:
         found = read(carrier)
         records = [r for run in found["runs"] for r in run["records"]]
