@@ -77,9 +77,10 @@ def ranking(summary: pd.DataFrame, title: str) -> Figure:
                 )
                 ax.plot(row.start_mean, y, marker="|", color=_color(row.method), ms=9, mew=2)
             ax.set_title(f"keep_ratio {ratio:g}")
-            ax.set_xlabel("test accuracy, %")
             ax.set_yticks(range(len(order)), order)
+            ax.set_ylim(-0.5, len(order) - 0.3)  # the number above the uppermost marker stays inside
             ax.grid(False, axis="y")
+        figure.supxlabel("test accuracy, %; stroke: validation accuracy before training", fontsize="medium")
         figure.suptitle(title)
     return figure
 
