@@ -40,12 +40,12 @@ ifeq ($(filter $(PRESET),$(PRESETS)),)
 $(error preset '$(PRESET)' is unknown; there are: $(PRESETS))
 endif
 
-.PHONY: best rounded pace verify audit benchmark benchmark-check skips own-network coverage cliff controls unfinished time-and-memory how-cost-grows why test-faults FORCE
+.PHONY: best rounded pace verify audit benchmark benchmark-gpu benchmark-check skips own-network coverage cliff controls unfinished time-and-memory how-cost-grows why test-faults FORCE
 .PHONY: reproduce-figures figures html pretrain experiments data lab test environment lock clean help $(EXPERIMENTS) pruned
 
 # Before make decides what is old: what is not as it was written counts as old too, and is named.
 ifneq ($(and $(wildcard $(READY)),$(wildcard $(R)/notebooks)),)
-ifneq ($(filter-out environment lock data lab test clean help why verify audit benchmark benchmark-check test-faults coverage,$(or $(MAKECMDGOALS),all)),)
+ifneq ($(filter-out environment lock data lab test clean help why verify audit benchmark benchmark-gpu benchmark-check test-faults coverage,$(or $(MAKECMDGOALS),all)),)
 DAMAGED := $(shell $(BIN)/python notebooks/seals.py $(R))
 endif
 endif
@@ -81,6 +81,7 @@ help:
 	@echo "make verify              three smoke reproductions, compared: is the same command the same result?"
 	@echo "make benchmark           how fast it is, against what it replaces, and the whole reproduction timed (20 minutes)"
 	@echo "make benchmark-check     the same without that; fails where a ratio falls short of its target"
+	@echo "make benchmark-gpu       training on a GPU: whole epochs, CUDA graphs, torch.compile (a few minutes)"
 	@echo "make audit               known vulnerabilities of what requirements.lock names"
 	@echo "make lock                resolve requirements.lock anew"
 	@echo "make clean               remove results/$(PRESET) but for pretrained networks, widths and what is compared"
@@ -192,9 +193,12 @@ pace: $(R)/notebooks/pretrain.ipynb
 best: $(R)/html/best.html
 	@echo "Page:      $<"
 	@echo "Network:   $(R)/best/"
-$(R)/notebooks/best.ipynb: $(H)/notebooks/13_best_recipe.ipynb $(H)/params/controls.yaml $(H)/params/$(PRESET)/controls.yaml $(H)/params/$(PRESET)/preset.yaml $(LIBRARY) $(R)/notebooks/pretrain.ipynb \
+# Of the whole network, on all images, another one.
+FULL_SIZE := alphaprune, folded at once, widths by sensitivity, distilled
+BEST := $(if $(filter report,$(PRESET)),full_size,controls)
+$(R)/notebooks/best.ipynb: $(H)/notebooks/13_best_recipe.ipynb $(H)/params/$(BEST).yaml $(H)/params/$(PRESET)/$(BEST).yaml $(H)/params/$(PRESET)/preset.yaml $(LIBRARY) $(R)/notebooks/pretrain.ipynb \
     | $(if $(filter controls,$(MAKECMDGOALS)),$(R)/notebooks/controls.ipynb)
-	@$(RUN) $(<:$(H)/%=%) $@ -p preset $(PRESET) -p jobs $(JOBS)
+	@$(RUN) $(<:$(H)/%=%) $@ -p preset $(PRESET) -p jobs $(JOBS) $(if $(filter full_size,$(BEST)),-p comparison full_size -p method '$(FULL_SIZE)')
 	@touch $(R)/.changed
 
 rounded: $(R)/html/rounded.html
@@ -271,6 +275,8 @@ verify: | $(READY)
 
 benchmark: | $(READY)
 	@$(BIN)/python notebooks/benchmark.py
+benchmark-gpu: | $(READY)
+	@$(BIN)/python notebooks/benchmark.py --gpu
 benchmark-check: | $(READY)
 	@$(BIN)/python notebooks/benchmark.py --check
 
@@ -278,6 +284,6 @@ audit: | $(READY)
 	@$(BIN)/python notebooks/audit.py requirements.lock
 
 # What is compared took hours, and is what the tables beside it say.
-COMPARED := $(addprefix $(R)/stages/,controls cliff rounded unfinished)
+COMPARED := $(addprefix $(R)/stages/,controls cliff rounded unfinished full_size)
 clean:
 	rm -rf $(R)/.inputs $(R)/.seals $(R)/notebooks $(R)/html $(R)/figures $(filter-out $(COMPARED),$(wildcard $(R)/stages/*)) $(R)/bundle $(R)/own_images $(R)/report.html $(R)/scorecard.csv

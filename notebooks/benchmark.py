@@ -1,6 +1,7 @@
 """How fast is it? Ratios that were taken in one run, and how long the whole `quick` reproduction takes.
 
 python notebooks/benchmark.py            # writes docs/benchmark.json and docs/benchmark.md
+python notebooks/benchmark.py --gpu      # training on a GPU: docs/benchmark_gpu.json and docs/benchmark_gpu.md
 python notebooks/benchmark.py --check    # the ratios alone, nothing written; ends with 1 where one falls short, with 2 where the
                                          # machine was too busy to tell
 """
@@ -17,7 +18,8 @@ from pathlib import Path
 import pandas as pd
 from verify import copy_project, end_at_signals, reproduce
 
-from alphaprune.benchmark import Target, as_line, as_table, measure, run_once
+from alphaprune.benchmark import Target, as_line, as_table, measure, measure_gpu, run_once
+from alphaprune.errors import UsageError
 from alphaprune.provenance import provenance
 from alphaprune.storage import write_bytes, write_json
 from alphaprune.timing import moment
@@ -39,24 +41,37 @@ def whole_reproduction() -> dict[str, object]:
         return run_once("make reproduce-figures, quick", REPRODUCTION, before, os.cpu_count() or 1)
 
 
-def page(table: pd.DataFrame, source: dict[str, object]) -> str:
-    """docs/benchmark.md."""
+def page(table: pd.DataFrame, source: dict[str, object], command: str) -> str:
+    """A page of docs/."""
     hardware = ", ".join(f"{k} {v}" for k, v in source["hardware"].items() if v and k != "threads")
     versions = ", ".join(f"{k} {v}" for k, v in source["versions"].items())
     return f"""# How fast it is
 
-Written by `{COMMAND}` at commit {source["commit"]}; {hardware}; {versions}. All ratios are of alternatives that took turns in one run; the spread is
+Written by `{command}` at commit {source["commit"]}; {hardware}; {versions}. All ratios are of alternatives that took turns in one run; the spread is
 the interquartile range as a share of the median, and above 15 % a figure is not to be trusted.
 
 {as_table(table)}
 """
 
 
-def write(table: pd.DataFrame, source: dict[str, object]) -> None:
-    """docs/benchmark.json and docs/benchmark.md."""
+def write(table: pd.DataFrame, source: dict[str, object], command: str, name: str = "benchmark") -> None:
+    """docs/<name>.json and docs/<name>.md."""
     rows = [{k: v for k, v in r.items() if not pd.isna(v)} for r in table.to_dict("records")]
-    write_json(ROOT / "docs" / "benchmark.json", source | {"figures": rows})
-    write_bytes(ROOT / "docs" / "benchmark.md", page(table, source).encode())
+    write_json(ROOT / "docs" / f"{name}.json", source | {"figures": rows})
+    write_bytes(ROOT / "docs" / f"{name}.md", page(table, source, command).encode())
+
+
+def of_gpu() -> int:
+    """Training on a GPU, measured and written."""
+    command = f"{COMMAND}-gpu"
+    try:
+        table = measure_gpu(say=lambda line: print(line, flush=True))
+    except UsageError as e:
+        print(f"alphaprune: {e}", file=sys.stderr)
+        return 2
+    write(table, provenance(ROOT, command), command, "benchmark_gpu")
+    print("docs/benchmark_gpu.md")
+    return 0
 
 
 def verdict(table: pd.DataFrame) -> int:
@@ -70,8 +85,11 @@ def verdict(table: pd.DataFrame) -> int:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Measure how fast alphaprune is.")
     parser.add_argument("--check", action="store_true", help="ratios alone; fail where one falls short")
+    parser.add_argument("--gpu", action="store_true", help="training on a GPU alone")
     args = parser.parse_args(arguments)
     end_at_signals()
+    if args.gpu:
+        return of_gpu()
     if not args.check and not PRETRAINED.is_dir():  # before minutes of timing
         print(
             f"alphaprune: {PRETRAINED} is missing; check it out again (git checkout -- {PRETRAINED})",
@@ -90,14 +108,14 @@ def main(arguments: list[str] | None = None) -> int:
         busy = int(table["trusted"].eq(False).sum())
         print(said[found], *([f"Of {len(table)} figures {busy} are not to be trusted."] if busy else []))
         return found
-    write(table, source)  # the ratios are there whatever becomes of the rest
+    write(table, source, COMMAND)  # the ratios are there whatever becomes of the rest
     try:
         row = whole_reproduction()
     except RuntimeError as e:
         print(f"alphaprune: {e}", file=sys.stderr)
         return 2
     print(as_line(row))
-    write(pd.concat([table, pd.DataFrame([row])], ignore_index=True), source)
+    write(pd.concat([table, pd.DataFrame([row])], ignore_index=True), source, COMMAND)
     print("docs/benchmark.md")
     return 0
 

@@ -98,6 +98,25 @@ def test_images_are_those_of_one_draw_a_batch_bit_for_bit(batch_size, height):
         assert images.is_contiguous(memory_format=torch.channels_last)
 
 
+def test_a_trivial_augmentation_depends_on_the_seed_alone_and_leaves_torchs_random_state():
+    split = data.load("sample").train
+
+    def drawn(seed, augment):
+        generator = torch.Generator().manual_seed(seed)
+        images, labels = zip(*data.batches(split, 100, generator, augment), strict=True)
+        return torch.cat(images), torch.cat(labels)
+
+    before = torch.get_rng_state()
+    (once, labels), (again, _), (other, _) = (drawn(seed, "trivial") for seed in (1, 1, 2))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(once, again) and not torch.equal(once, other)
+    cropped, of_cropped = drawn(1, "crop")
+    assert torch.equal(labels, of_cropped)  # the same order, the same crops and flips
+    unchanged = (once == cropped).flatten(1).all(1)
+    assert (~unchanged).sum() > 0 and once.shape == cropped.shape
+    assert torch.isfinite(once).all()
+
+
 def test_a_last_incomplete_batch_is_left_out_in_training_only():
     split = data.load("sample").val
     assert sum(len(y) for _, y in data.batches(split, 32, torch.Generator())) == 64

@@ -11,7 +11,7 @@ from alphaprune import UsageError
 from alphaprune.experiment import Experiment
 from alphaprune.settings import load_settings
 
-PRESETS = ("smoke", "quick", "report")
+PRESETS = ("smoke", "quick", "gpu", "report")
 EXPERIMENTS = (
     "pretrain",
     "week_before",
@@ -34,7 +34,7 @@ def test_every_file_is_valid_and_complete(preset, experiment):
 
 def test_presets_train_the_reports_stages_and_ratio():
     for experiment in EXPERIMENTS[1:]:
-        reports, *others = (load_settings(p, experiment, ROOT) for p in ("report", "quick", "smoke"))
+        reports, *others = (load_settings(p, experiment, ROOT) for p in ("report", "quick", "gpu", "smoke"))
         assert all(o.stages == reports.stages and o.keep_ratio == 0.34375 for o in others)
     report = load_settings("report", "fig4", ROOT)
     assert (report.width, report.train_images, report.patience, report.max_epochs, report.lr_scale) == (
@@ -155,7 +155,7 @@ def test_the_command_line_ends_with_one_line_and_exit_code_2(project, arguments,
 
 
 def test_unknown_preset_and_experiment_list_what_there_is(project):
-    with pytest.raises(UsageError, match="preset 'slow' is unknown; there are: quick, report, smoke"):
+    with pytest.raises(UsageError, match="preset 'slow' is unknown; there are: gpu, quick, report, smoke"):
         load_settings("slow", "fig4", project)
     with pytest.raises(
         UsageError,

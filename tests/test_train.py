@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import signal
+from functools import partial
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from alphaprune import ParallelModel, UsageError, data, train
 from alphaprune.interrupt import Interrupted
 from alphaprune.models import VGG
-from alphaprune.objective import Objective
+from alphaprune.objective import Loss, Objective
 from alphaprune.schedule import falling
 from alphaprune.train import Recipe, derive_seed, evaluate, fit
 
@@ -215,6 +216,56 @@ def test_log_points_that_are_read_late_say_the_same(tmp_path, monkeypatch):
         fit(model(), TRAIN, VAL, RECIPE, "key", tmp_path / "cut.safetensors")
     resumed = model()
     same(fit(resumed, TRAIN, VAL, RECIPE, "key", tmp_path / "cut.safetensors"), expected, resumed, whole)
+
+
+@pytest.mark.parametrize("epoch", [1, 2, 3])
+def test_where_epochs_are_short_a_state_of_some_epochs_ago_does(tmp_path, monkeypatch, epoch):
+    monkeypatch.setattr(train._State, "waits_to_read", True)  # as on a GPU
+    monkeypatch.setattr(train, "SAVE_BETWEEN", 3600.0)
+    whole = model()
+    expected = fit(whole, TRAIN, VAL, RECIPE, "key", tmp_path / "a.safetensors")
+    assert len(list(tmp_path.glob("a.*.safetensors"))) == 1  # at its end
+
+    def dies(outcome):
+        if outcome.epochs == epoch:
+            raise Killed
+
+    with pytest.raises(Killed):
+        fit(model(), TRAIN, VAL, RECIPE, "key", tmp_path / "b.safetensors", dies)
+    assert not list(tmp_path.glob("b.*"))
+    again = model()
+    same(fit(again, TRAIN, VAL, RECIPE, "key", tmp_path / "b.safetensors"), expected, again, whole)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("alpha", [1.0, 0.5, 0.0])
+@pytest.mark.parametrize("distill", [0.0, 0.9])
+def test_steps_replayed_from_a_graph_are_those_that_python_takes(tmp_path, monkeypatch, alpha, distill):
+    whole, found = train.Gradients, []
+    for capture in (False, True):
+        monkeypatch.setattr(train, "Gradients", partial(whole, capture=capture))
+        checkpoint, teacher = tmp_path / f"{capture}.safetensors", model().network
+        outcome = fit(
+            model(alpha),
+            TRAIN,
+            VAL,
+            RECIPE,
+            "key",
+            checkpoint,
+            objective=Objective(distill=distill),
+            teacher=teacher,
+        )
+        found.append([row["value"] for row in outcome.history if row["metric"] == "loss"])
+    assert found[0] == pytest.approx(found[1], rel=1e-3)
+
+
+def test_which_steps_are_alike_is_known():
+    made = model()
+    assert Loss(Objective(), made, made).is_the_same
+    drawn = Loss(Objective(draw="bernoulli"), made, made)
+    assert not drawn.is_the_same
+    made.alpha = 0.0  # nothing but 0 can be drawn
+    assert drawn.is_the_same
 
 
 @pytest.mark.parametrize("save_every", [0.0, 3600.0])

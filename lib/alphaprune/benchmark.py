@@ -7,7 +7,7 @@ import logging
 import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,13 +17,14 @@ import numpy as np
 import pandas as pd
 import torch
 import torchvision
-from accelerate.utils import AutocastKwargs
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from alphaprune.allocator import keep_freed_memory
+from alphaprune.captured import Gradients
 from alphaprune.data import Split, batches
 from alphaprune.deployment import deployment
+from alphaprune.errors import UsageError
 from alphaprune.fold import fold
 from alphaprune.measure import multiply_adds
 from alphaprune.models import vgg16
@@ -107,9 +108,11 @@ PEAKS = {
     "NVIDIA A100-PCIE-40GB": 312e12,
     "NVIDIA A100 80GB PCIe": 312e12,
 }
+MATRIX_UNIT = 8  # numbers of 16 bits that a GPU's matrix units read at once
+GRAPH = "CUDA graph"
 FLOPS_A_MULTIPLY_ADD = 2
 PASSES = 3  # forward, and backward twice that: by weights and by what they read
-EPOCHS = 5  # timed, behind one that is not
+EPOCHS = 3  # timed, behind one that is not
 
 
 def training_steps(width: float, batch: int, threads: int, seconds: float) -> list[dict[str, Any]]:
@@ -230,7 +233,8 @@ def training_on(
     """Training of a VGG-16 by `fit` on one device: an epoch with branches and folded, and what the data path takes of it.
 
     An epoch is timed from its first random number to the end of its steps, with one batch of validation images behind it, and without saving. The
-    share of the peak counts multiply-adds of the forward pass, twice as many backward, and two operations each.
+    share of the peak counts multiply-adds of the forward pass, twice as many backward, and two operations each. On a GPU the steps are replayed
+    from a CUDA graph, as `fit` does.
 
     Args:
         device: "cuda", or "cpu" in float32.
@@ -276,11 +280,13 @@ def training_on(
 
 
 def _with_branches_and_folded(width: float, x: Tensor) -> dict[str, nn.Module]:
-    networks: dict[str, nn.Module] = {}
+    networks: dict[str, nn.Module] = {"plain": vgg16(width)}
     for alpha in (1.0, 0.5, 0.0):
         networks[f"alpha {alpha:g}"] = model = ParallelModel(vgg16(width), KEEP_RATIO, x[:2])
         model.alpha = alpha
-    return networks | {"folded": folded_at_once(vgg16(width), KEEP_RATIO, x[:1])}
+    for name, multiple in (("folded", 1), (f"folded, multiples of {MATRIX_UNIT}", MATRIX_UNIT)):
+        networks[name] = folded_at_once(vgg16(width), KEEP_RATIO, x[:1], multiple)
+    return networks
 
 
 def _epochs(network: nn.Module, train: Split, batch: int, accelerator: Accelerator) -> list[float]:
@@ -305,9 +311,9 @@ def _epochs(network: nn.Module, train: Split, batch: int, accelerator: Accelerat
 
 
 def compiled_on(
-    device: str, what: str, network: nn.Module, x: Tensor, seconds: float
+    device: str, what: str, network: nn.Module, x: Tensor, seconds: float, compiler: bool = True
 ) -> list[dict[str, Any]]:
-    """A training step on one device as it is, through torch.compile, and on a GPU replayed from CUDA graphs, in turns. What does not work here says why.
+    """A training step on one device as it is, through torch.compile, and on a GPU replayed from a CUDA graph, in turns. What does not work here says why.
 
     A network with branches torch.compile takes in pieces, and the last of many layers not at all (its `recompile_limit`).
 
@@ -317,6 +323,7 @@ def compiled_on(
         network: with two classes or more. It is not changed.
         x: images, (N, C, H, W).
         seconds: of timing.
+        compiler: whether to try torch.compile, which takes a minute of its own.
     """
     # accelerate knows one device a process, which on a GPU is that.
     accelerator = accelerator_for_this_machine() if device == "cuda" else None
@@ -327,13 +334,15 @@ def compiled_on(
         "torch.compile": torch.compile,
     }
     if device == "cuda":
-        ways["CUDA graphs"] = lambda own: _captured(own, x, accelerator)
+        ways[GRAPH] = ways["eager"]
+    if not compiler:
+        del ways["torch.compile"]
     steps: dict[str, Callable[[], None]] = {}
     rows = []
     for way, prepared in ways.items():
         own = _in_order(copy.deepcopy(network).to(device)).train()
         try:
-            step = _step(own, prepared(own), x, labels, accelerator)
+            step = _step(own, prepared(own), x, labels, accelerator, way == GRAPH)
             with _without_remarks():
                 step()
         except Exception as e:  # such as no compiler
@@ -363,26 +372,29 @@ def _without_remarks() -> Iterator[None]:
         logger.setLevel(before)
 
 
-def _captured(network: nn.Module, x: Tensor, accelerator: Accelerator) -> Callable[[Tensor], Tensor]:
-    # torch captures with autocast only where that casts the weights anew in each pass; of branches not all weights need be used.
-    with accelerator.autocast(AutocastKwargs(cache_enabled=False)):
-        return torch.cuda.make_graphed_callables(network, (x,), allow_unused_input=True)
-
-
 def _step(
     network: nn.Module,
     forward: Callable[[Tensor], Tensor],
     x: Tensor,
     labels: Tensor,
     accelerator: Accelerator | None,
+    capture: bool,
 ) -> Callable[[], None]:
-    optimiser = torch.optim.SGD(network.parameters(), lr=1e-3, momentum=0.9)
+    trained = list(network.parameters())
+    optimiser = torch.optim.SGD(trained, lr=1e-3, momentum=0.9)
+
+    def loss_of(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        logits = forward(images)
+        return F.cross_entropy(logits, labels), logits
+
+    gradients = Gradients(loss_of, network, trained, accelerator, capture) if accelerator else None
 
     def step() -> None:
-        with accelerator.autocast() if accelerator else nullcontext():
-            loss = F.cross_entropy(forward(x), labels)
-        optimiser.zero_grad()
-        accelerator.backward(loss) if accelerator else loss.backward()
+        if gradients:
+            gradients(x, labels, same=True)
+        else:
+            optimiser.zero_grad()
+            loss_of(x, labels)[0].backward()
         optimiser.step()
 
     return step
@@ -395,7 +407,7 @@ def _on_one_thread(group: Callable[..., list[dict[str, Any]]], *arguments: Any) 
 
 
 def measure(sizes: Sizes = Sizes(), say: Callable[[str], None] = print) -> pd.DataFrame:
-    """Everything, one row a figure; what is of a GPU only where there is one.
+    """All that is of a CPU, one row a figure.
 
     Returns:
         Columns `what`; `milliseconds` a call, where it was called more than once; `value`, NaN where it is not known, and its `unit`; `target`, a bound
@@ -419,17 +431,38 @@ def measure(sizes: Sizes = Sizes(), say: Callable[[str], None] = print) -> pd.Da
         groups[f"compiled, {name}"] = partial(
             _on_one_thread, compiled_on, "cpu", f"{of_width}, {name}", network, x, s.seconds / 4
         )
-    if torch.cuda.is_available():
-        peak = PEAKS.get(torch.cuda.get_device_name())
-        x, of_width = torch.randn(s.batch, 3, 32, 32), f"VGG-16 of width {s.full_width:g}"
-        networks = _with_branches_and_folded(s.full_width, x)
-        groups["GPU"] = lambda: training_on(
-            "cuda", s.full_width, s.batch, s.epoch_images, s.seconds / 4, peak
+    return _rows(groups, say)
+
+
+def measure_gpu(sizes: Sizes = Sizes(), say: Callable[[str], None] = print) -> pd.DataFrame:
+    """Training on a GPU, as `measure`: whole epochs, and a step as it is, from a CUDA graph, and compiled.
+
+    Raises:
+        UsageError: if there is none.
+    """
+    if not torch.cuda.is_available():
+        raise UsageError("torch sees no GPU here; run this on a machine with one, and a torch built for it")
+    torch.manual_seed(0)
+    s = sizes
+    peak = PEAKS.get(torch.cuda.get_device_name())
+    x, of_width = torch.randn(s.batch, 3, 32, 32), f"VGG-16 of width {s.full_width:g}"
+    groups: dict[str, Callable[[], list[dict[str, Any]]]] = {
+        f"batch {batch}": partial(
+            training_on, "cuda", s.full_width, batch, s.epoch_images, s.seconds / 20, peak
         )
-        for name in ("alpha 0.5", "folded"):
-            groups[f"GPU, compiled, {name}"] = partial(
-                compiled_on, "cuda", f"{of_width}, {name}", networks[name], x, s.seconds
-            )
+        for batch in (s.batch, 4 * s.batch)
+    }
+    for name, network in _with_branches_and_folded(s.full_width, x).items():
+        compiler = name in ("plain", "folded")  # of branches it leaves most as it is
+        groups[name] = partial(
+            compiled_on, "cuda", f"{of_width}, {name}", network, x, s.seconds / 10, compiler
+        )
+    return _rows(groups, say)
+
+
+def _rows(
+    groups: Mapping[str, Callable[[], list[dict[str, Any]]]], say: Callable[[str], None]
+) -> pd.DataFrame:
     rows = []
     for name, group in groups.items():
         found = group()

@@ -34,6 +34,7 @@ from torch.nn import functional as F
 
 from alphaprune.errors import UsageError
 from alphaprune.interrupt import ending_with_a_line
+from alphaprune.recipe import Augment
 from alphaprune.sources import CIFAR10, cache_folder, place
 
 RECORD_BYTES = 1 + 3 * 32 * 32
@@ -41,6 +42,10 @@ OFFICIAL_BYTES = 10_000 * RECORD_BYTES  # of a batch
 # Per-channel mean and standard deviation of the 50,000 training images, in units of 0..1.
 MEAN = (0.4914, 0.4822, 0.4465)
 STD = (0.2470, 0.2435, 0.2616)
+BATCHES_AT_ONCE = (
+    16  # made together on a GPU, whose kernels take longer to start than to run; a CPU's caches hold one
+)
+ALIKE = 64  # images that TrivialAugment changes alike
 PADDING = 4  # pixels around the image before the random crop
 
 ARCHIVE = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
@@ -139,7 +144,7 @@ def load_test(source: str = "cifar10") -> Split:
 
 
 def batches(
-    split: Split, batch_size: int, generator: torch.Generator | None = None
+    split: Split, batch_size: int, generator: torch.Generator | None = None, augment: Augment = "crop"
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Normalised batches of a split, on the split's device, in channels_last memory format.
 
@@ -150,6 +155,8 @@ def batches(
             1/2 and cropped at random out of its zero-padded self, and a last incomplete batch is left out unless it
             is the only one. All that an epoch draws is drawn before its first batch. Without, the images come in
             order, as they are, all of them.
+        augment: "trivial" makes a random change of TrivialAugment (Müller and Hutter, 2021) before that, the same one
+            to each `ALIKE` images that follow one another, so that a GPU is given few operations.
 
     Yields:
         images (B, 3, H, W) float32 of about zero mean and unit variance, labels (B,) int64.
@@ -164,13 +171,20 @@ def batches(
         moves = _drawn(index, batch_size, generator).to(device)
     # On the device before the first batch: within the loop a GPU is never waited for.
     index = index.to(device)
-    for first in range(0, len(index), batch_size):
-        chosen = index[first : first + batch_size]
+    if generator is not None and augment == "trivial":
+        changed = _trivially(split.images[index], generator)
+        split, index = (
+            replace(split, images=changed, labels=split.labels[index]),
+            torch.arange(len(index), device=device),
+        )
+    together = batch_size * (BATCHES_AT_ONCE if split.images.is_cuda else 1)
+    for first in range(0, len(index), together):
+        chosen = index[first : first + together]
         images = split.images[chosen]
         if moves is not None:
-            images = _augment(images, *moves[:, first : first + batch_size, None])
+            images = _augment(images, *moves[:, first : first + together, None])
         images = images.to(torch.float32, memory_format=torch.channels_last).sub_(mean).div_(std)
-        yield images, split.labels[chosen]
+        yield from zip(images.split(batch_size), split.labels[chosen].split(batch_size), strict=True)
 
 
 def _drawn(index: Tensor, batch_size: int, generator: torch.Generator) -> Tensor:
@@ -183,6 +197,18 @@ def _drawn(index: Tensor, batch_size: int, generator: torch.Generator) -> Tensor
         flip = torch.rand(shape, generator=generator) < 0.5
         drawn.append(torch.cat([top, left, flip], 1).to(torch.uint8))
     return torch.cat(drawn).t().contiguous()
+
+
+def _trivially(images: Tensor, generator: torch.Generator) -> Tensor:
+    """One operation of TrivialAugment, at one strength, for each `ALIKE` of the images."""
+    from torchvision.transforms.v2 import TrivialAugmentWide  # takes a second to load, which few need
+
+    seed = int(torch.randint(2**62, (), generator=generator))
+    # torchvision draws from torch's own random state, which training goes on with afterwards.
+    with torch.random.fork_rng([images.device] if images.is_cuda else []):
+        torch.manual_seed(seed)
+        change = TrivialAugmentWide()
+        return torch.cat([change(alike) for alike in images.split(ALIKE)])
 
 
 def _augment(images: Tensor, top: Tensor, left: Tensor, flip: Tensor) -> Tensor:

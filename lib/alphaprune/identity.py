@@ -94,12 +94,15 @@ def identified(
             network["init_ridge"] = settings.init_ridge
     if ratios is not None:
         network["widths"] = ratios
+    recipe = asdict(settings.recipe(stage))
+    if recipe["augment"] == "crop":  # likewise
+        del recipe["augment"]
     determines = {
         "training_version": TRAINING_VERSION,
         "experiment": settings.experiment,
         "stage": stage.determines(),
         "parent": origin,
-        "recipe": asdict(settings.recipe(stage)),
+        "recipe": recipe,
         "network": network,
         "data": [data, settings.train_images, settings.val_images],
         "seed": settings.seed,

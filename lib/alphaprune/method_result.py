@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from alphaprune import data
 from alphaprune.course import FOLD_NOW_RUNNING
-from alphaprune.errors import UsageError
 from alphaprune.experiment import Experiment
 from alphaprune.fold import Certificate, fold
 from alphaprune.measure import multiply_adds, parameters
@@ -49,24 +48,20 @@ def of_trained(of: Experiment) -> dict[str, Any]:
     }
 
 
-def folded(of: Experiment, images: Tensor) -> tuple[nn.Module, Certificate]:
-    """The plain narrow network that a method with branches ends in, trained anew where its weights are not there.
+def folded(of: Experiment, images: Tensor) -> tuple[nn.Module, Certificate | None]:
+    """The plain narrow network that a method ends in, trained anew where its weights are not there.
 
     Args:
         of: the method's experiment.
         images: (N, C, H, W), for the certificate.
 
     Returns:
-        As of `fold`.
-
-    Raises:
-        UsageError: if the method's last stage has no branches, and so nothing to fold.
+        As of `fold`; without a certificate where the network was folded before it trained.
     """
     last = of.stages[-1]
-    if last.stage.alpha is None:
-        raise UsageError(f"{last.name} trains a plain network; give a method that ends with an alpha")
     of.run(print, weights=True)
-    return fold(of.model(last.name), images)
+    model = of.model(last.name)
+    return (model, None) if last.stage.alpha is None else fold(model, images)
 
 
 def of_original(of: Experiment) -> dict[str, float]:

@@ -105,6 +105,11 @@ class Loss:
             structure = model.structure if o.match_layers else None
             self.teacher = Teacher(teacher, structure).to(next(model.parameters()).device)
 
+    @property
+    def is_the_same(self) -> bool:
+        """Whether each batch is computed alike: no alpha is drawn for it, or none but 0 can be."""
+        return self.objective.draw == "fixed" or self.model.alpha == 0
+
     def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         o, model = self.objective, self.model
         taught, wide = self.teacher(images) if self.teacher else (None, {})

@@ -14,6 +14,7 @@ Init = Literal["random", "select", "least_squares"]  # what branches start from,
 RIDGE = 1e-4  # of least squares, where no other is asked for: as close a fit as the images allow
 LARGEST_RIDGE = 1e6  # beside which any fit is plain selection
 Draw = Literal["fixed", "bernoulli", "uniform"]
+Augment = Literal["crop", "trivial"]
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class Recipe:
         batch_size: images a step.
         momentum, weight_decay: of SGD.
         label_smoothing: of the cross entropy.
+        augment: "crop" flips and crops the training images; "trivial" makes a change of TrivialAugment to each before that.
         log_every: steps between two rows of training accuracy.
     """
 
@@ -43,6 +45,7 @@ class Recipe:
     momentum: float = 0.9
     weight_decay: float = 0.0
     label_smoothing: float = 0.0
+    augment: Augment = "crop"
     log_every: int = 20
 
     def steps_an_epoch(self, images: int) -> int:

@@ -1,7 +1,17 @@
-"""What the records of a preset say as a whole: accuracies by name, all stages in one table."""
+"""What the records of a preset say as a whole: accuracies by name, all stages in one table.
+
+python -m alphaprune.results gpu     # the report's claims against what is recorded so far
+"""
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from alphaprune.interrupt import while_importing
+
+    while_importing()
+
+import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +22,7 @@ from alphaprune.errors import UsageError
 from alphaprune.experiment import Experiment
 from alphaprune.provenance import merged
 from alphaprune.prune import fold_command, load_pruned, pruned_provenance
+from alphaprune.scorecard import load_claims, score
 from alphaprune.settings import project_root
 
 TRAINED = ("week_before", "earlier_run", "fig1", "section21", "fig2", "fig3", "fig4")
@@ -91,3 +102,27 @@ class Results:
         """Every recorded stage of every experiment, one a row, with the column `experiment`."""
         parts = [self.experiments[name].summary().assign(experiment=name) for name in TRAINED]
         return pd.concat([p for p in parts if len(p)], ignore_index=True)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m alphaprune.results",
+        description="The report's claims against what is recorded so far.",
+    )
+    parser.add_argument("preset")
+    try:
+        results = Results(parser.parse_args(arguments).preset)
+        card = score(load_claims(results.root / "params" / "claims.yaml"), results.accuracy)
+    except UsageError as e:
+        print(f"alphaprune: {e}", file=sys.stderr)
+        raise SystemExit(2) from None
+    print(
+        card[["claim", "report", "ours", "verdict"]].to_string(
+            index=False, na_rep="-", float_format="{:.1f}".format
+        )
+    )
+    print(", ".join(f"{n} {verdict}" for verdict, n in card["verdict"].value_counts().items()))
+
+
+if __name__ == "__main__":
+    main()

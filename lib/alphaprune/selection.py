@@ -43,6 +43,8 @@ def select(widths: Widths, batches: Iterable[Inputs] | None = None) -> Widths:
     kept = widths.kept.clone()
     for atom in s.atoms:
         k = int(widths.kept[atom].sum())
+        if k == len(atom):
+            continue  # all of them stay
         if worth is None:
             chosen = _greedy(_blocks(s, atom, seen_by), k)
         else:

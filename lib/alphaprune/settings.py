@@ -19,7 +19,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from alphaprune import yaml_text
 from alphaprune.errors import UsageError, shown
-from alphaprune.recipe import LARGEST_RIDGE, RIDGE, Draw, Init, Objective, Recipe
+from alphaprune.recipe import LARGEST_RIDGE, RIDGE, Augment, Draw, Init, Objective, Recipe
 from alphaprune.schedule import THRESHOLD, Kind, Order, alphas, falling
 
 Unit = Annotated[float, Field(ge=0, le=1)]
@@ -208,6 +208,7 @@ class Settings(_Strict):
     momentum: Annotated[float, Field(ge=0, lt=1)]
     weight_decay: NotNegative = 0.0
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    augment: Augment = "crop"
     log_every: Count
     fold_now_every: Count = 3  # epochs between two measurements of what the network would score if folded
     # what to do

@@ -21,7 +21,7 @@ from alphaprune.records import COLUMNS, write_record
 from alphaprune.stage_networks import StageNetworks, set_alpha
 from alphaprune.stages import Stages
 from alphaprune.storage import save_tensors, write_bytes
-from alphaprune.train import Outcome, fit
+from alphaprune.train import Outcome, accelerator_for_this_machine, fit
 
 SHARE_IMAGES = 500  # at most, for `wide_share`
 
@@ -119,5 +119,6 @@ def _record(
         "metrics": metrics,
         "outcome": summary,
         "data_checksum": of.data_checksum,
+        "mixed_precision": accelerator_for_this_machine().mixed_precision,
         **provenance(of.root, of.command_of(node.settings)),
     }

@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
 
 from alphaprune.allocator import keep_freed_memory
+from alphaprune.captured import Gradients
 from alphaprune.data import Split, batches
 from alphaprune.errors import UsageError
 from alphaprune.interrupt import SafePoints
@@ -39,6 +40,7 @@ with warnings.catch_warnings():  # its progress bars, which are not used here, a
     from accelerate import Accelerator
 
 SAVE_EVERY = 60.0  # seconds within an epoch
+SAVE_BETWEEN = 10.0  # seconds between epochs, on a GPU, where an epoch may take less than saving
 
 
 @dataclass
@@ -92,7 +94,7 @@ def fit(
         key: names the run's random numbers; the same key gives the same run.
         checkpoint: file of the resume state. It is kept twice, as `<name>.0` and `<name>.1` before the suffix, so that a
             damaged one leaves the one before; read if they are there, removed at the end by the caller.
-        after_epoch: called after every epoch, once the state is on disk.
+        after_epoch: called after every epoch, once the state is on disk; on a GPU it may be that of some seconds ago.
         objective: what to train for; cross entropy with the labels if None.
         teacher: the network to learn from, where the objective asks for one.
         measure: called after every epoch with its number, and before the first with 0, for more to note of the
@@ -142,19 +144,18 @@ def fit(
         state.since = time.monotonic()  # the time of training is counted
     outcome = state.outcome
     loss_of = Loss(objective or Objective(), model, stepper, teacher, recipe.label_smoothing)
+    gradients = Gradients(loss_of, model, trained, accelerator)
     with SafePoints() as signals:
         while not state.finished(recipe):
             seed = state.begin_epoch(key)
             model.train()
-            shuffled = batches(train, recipe.batch_size, torch.Generator().manual_seed(seed))
+            drawn_by = torch.Generator().manual_seed(seed)
+            shuffled = batches(train, recipe.batch_size, drawn_by, recipe.augment)
             for step, (images, labels) in enumerate(shuffled, 1):
                 if step <= state.step:  # done before the run was interrupted
                     continue
-                anneal(outcome.steps / all_steps)
-                with accelerator.autocast():
-                    loss, logits = loss_of(images, labels)
-                prepared.zero_grad()
-                accelerator.backward(loss)
+                arrived = anneal(outcome.steps / all_steps)
+                loss, logits = gradients(images, labels, arrived and loss_of.is_the_same)
                 prepared.step()
                 if recipe.lr_schedule == "one_cycle":
                     scheduler.step()
@@ -184,7 +185,13 @@ def fit(
             if recipe.lr_schedule == "plateau":
                 scheduler.step(val_loss)
             state.step = 0
-            state.save()
+            if (
+                not state.waits_to_read
+                or signals.wanted
+                or state.finished(recipe)
+                or state.age() >= SAVE_BETWEEN
+            ):
+                state.save()
             after_epoch(outcome)
             signals.stop(f"saved after epoch {outcome.epochs}")
     accelerator.unwrap_model(
@@ -217,9 +224,12 @@ def _check_labels(model: nn.Module, *splits: Split) -> None:
 
 
 def accelerator_for_this_machine(cpu: bool = False) -> Accelerator:
-    """accelerate's choice of device, or the CPU in any case; bf16 on a GPU that has it, float32 elsewhere."""
+    """accelerate's choice of device, or the CPU in any case; bf16 on a GPU that has it, float32 elsewhere.
+
+    For a CPU that is fast in bf16, such as one with AMX, accelerate's own ACCELERATE_MIXED_PRECISION=bf16 asks for that.
+    """
     gpu = not cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-    return Accelerator(mixed_precision="bf16" if gpu else "no", cpu=cpu)
+    return Accelerator(mixed_precision="bf16" if gpu else None, cpu=cpu)
 
 
 @torch.no_grad()

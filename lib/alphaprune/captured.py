@@ -1,0 +1,89 @@
+"""Loss and gradients of a step, on a GPU replayed from one CUDA graph.
+
+A GPU is done with a batch of small images before Python has named the few hundred kernels of the next. Where every step asks for the
+same ones, they are recorded once and started together (https://pytorch.org/blog/accelerating-pytorch-with-cuda-graphs/).
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+WARM_UP = 3  # passes in which libraries choose their kernels, before any is recorded
+
+
+class Gradients:
+    """Called with a batch, it leaves the gradients of the loss in the parameters and returns loss and logits.
+
+    Args:
+        loss_of: gives loss and logits of a batch.
+        model: what is trained.
+        trained: its parameters that are.
+        accelerator: says where, and in which precision.
+        capture: whether to record where that can be, on a GPU.
+    """
+
+    def __init__(
+        self,
+        loss_of: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+        model: nn.Module,
+        trained: Sequence[nn.Parameter],
+        accelerator: Accelerator,
+        capture: bool = True,
+    ):
+        self.loss_of, self.model, self.trained, self.accelerator = loss_of, model, trained, accelerator
+        self.capture = capture and accelerator.device.type == "cuda"
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    def __call__(self, images: Tensor, labels: Tensor, same: bool) -> tuple[Tensor, Tensor]:
+        """One batch. `same` says that from here on each is computed like this one, and has as many images."""
+        if not (same and self.capture):
+            return self._passes(images, labels)
+        if self.graph is None:
+            self._record(images, labels)
+        if self.graph is None:
+            return self._passes(images, labels)
+        self.images.copy_(images)
+        self.labels.copy_(labels)
+        self.graph.replay()
+        return self.loss, self.logits
+
+    def _passes(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        for p in self.trained:
+            p.grad = None
+        with self.accelerator.autocast():
+            loss, logits = self.loss_of(images, labels)
+        self.accelerator.backward(loss)
+        return loss.detach(), logits.detach()
+
+    def _record(self, images: Tensor, labels: Tensor) -> None:
+        self.images, self.labels = images.clone(), labels.clone()  # each batch is put in their place
+        # Of all that a pass changes beside gradients, nothing is to be changed by these.
+        before = [b.clone() for b in self.model.buffers()]
+        random = torch.get_rng_state(), torch.cuda.get_rng_state()
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.stream(aside):
+                for _ in range(WARM_UP):
+                    self._passes(self.images, self.labels)
+            torch.cuda.current_stream().wait_stream(aside)
+            with torch.cuda.graph(graph):
+                self.loss, self.logits = self._passes(self.images, self.labels)
+            self.graph = graph
+        except RuntimeError as e:  # such as a layer that waits for the GPU
+            self.capture = False
+            warnings.warn(
+                f"steps are not recorded as a CUDA graph, only slower for it ({' '.join(str(e).split())[:160]})",
+                stacklevel=3,
+            )
+        finally:
+            for buffer, was in zip(self.model.buffers(), before, strict=True):
+                buffer.copy_(was)
+            torch.set_rng_state(random[0])
+            torch.cuda.set_rng_state(random[1])
