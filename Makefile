@@ -8,7 +8,7 @@
 PRESET ?= quick
 PYTHON ?= python3
 # Notebooks that run at once. A GPU is best given to one at a time.
-JOBS ?= $(if $(filter report,$(PRESET)),1,2)
+JOBS ?= $(if $(filter gpu report,$(PRESET)),1,2)
 MAKEFLAGS += --no-builtin-rules --jobs=$(JOBS)
 SHELL := /bin/bash
 # Large pages for what glibc's malloc gives out: training steps take 3 to 10 % less time. Elsewhere nothing reads this.
@@ -136,7 +136,7 @@ pretrain: | $(READY) $(DATA)
 
 $(foreach e,$(EXPERIMENTS),$(R)/notebooks/$(e).ipynb): $(R)/notebooks/%.ipynb: $(H)/notebooks/02_alpha_decay.ipynb \
     $(H)/params/$(PRESET)/%.yaml $(H)/params/report/%.yaml $(H)/params/$(PRESET)/preset.yaml $(LIBRARY) \
-    $(R)/notebooks/pretrain.ipynb $(call inputs,$(wildcard $(R)/pretrained/*.sha256))
+    $(R)/notebooks/pretrain.ipynb $(call inputs,$(wildcard $(if $(filter gpu,$(PRESET)),results/report,$(R))/pretrained/*.sha256))
 	@$(RUN) $(<:$(H)/%=%) $@ -f params/$(PRESET)/$*.yaml
 	@touch $(R)/.changed
 
@@ -154,9 +154,12 @@ ifneq ($(PRESET),gpu)
 	@$(BIN)/python -m alphaprune.comparison controls $(PRESET) --budgets --why
 	@$(BIN)/python -m alphaprune.comparison rounded $(PRESET) --why
 endif
+ifeq ($(PRESET),report)
+	@$(BIN)/python -m alphaprune.comparison full_size $(PRESET) --why
+endif
 
 # It has the report's experiments alone.
-params/gpu/%.yaml:
+params/gpu/%.yaml params/own_network/gpu%yaml:
 	@echo "alphaprune: the preset gpu has no $*; use PRESET=quick or PRESET=report" >&2; exit 2
 
 # ---- beyond the report: notebooks of their own
@@ -194,7 +197,7 @@ $(R)/notebooks/controls.ipynb: $(H)/notebooks/09_controls.ipynb $(H)/params/cont
 ifneq ($(filter pace,$(MAKECMDGOALS)),)
 .NOTPARALLEL: # what ran beside it would be measured too
 endif
-pace: $(R)/notebooks/pretrain.ipynb
+pace: $(H)/params/$(PRESET)/controls.yaml $(R)/notebooks/pretrain.ipynb
 	@$(BIN)/python -m alphaprune.pace controls $(PRESET)
 
 best: $(R)/html/best.html
@@ -291,6 +294,6 @@ audit: | $(READY)
 	@$(BIN)/python notebooks/audit.py requirements.lock
 
 # What is compared took hours, and is what the tables beside it say.
-COMPARED := $(addprefix $(R)/stages/,controls cliff rounded unfinished full_size)
+COMPARED := $(addprefix $(R)/stages/,controls cliff rounded unfinished full_size) $(if $(filter gpu,$(PRESET)),$(wildcard $(R)/stages/*))
 clean:
 	rm -rf $(R)/.inputs $(R)/.seals $(R)/notebooks $(R)/html $(R)/figures $(filter-out $(COMPARED),$(wildcard $(R)/stages/*)) $(R)/bundle $(R)/own_images $(R)/report.html $(R)/scorecard.csv

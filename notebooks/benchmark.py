@@ -84,8 +84,9 @@ def verdict(table: pd.DataFrame) -> int:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Measure how fast alphaprune is.")
-    parser.add_argument("--check", action="store_true", help="ratios alone; fail where one falls short")
-    parser.add_argument("--gpu", action="store_true", help="training on a GPU alone")
+    either = parser.add_mutually_exclusive_group()
+    either.add_argument("--check", action="store_true", help="ratios alone; fail where one falls short")
+    either.add_argument("--gpu", action="store_true", help="training on a GPU alone")
     args = parser.parse_args(arguments)
     end_at_signals()
     if args.gpu:

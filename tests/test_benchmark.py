@@ -110,6 +110,16 @@ def test_a_way_that_does_not_work_says_why(monkeypatch):
     ]
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is for machines without a GPU")
+def test_without_a_gpu_there_is_one_line_and_nothing_is_written(capsys):
+    assert benchmark.main(["--gpu"]) == 2
+    assert capsys.readouterr().err == (
+        "alphaprune: torch sees no GPU here; run this on a machine with one, and a torch built for it\n"
+    )
+    with pytest.raises(SystemExit):
+        benchmark.main(["--gpu", "--check"])
+
+
 def folded_cost():
     x = torch.randn(1, 3, 32, 32)
     return multiply_adds(folded_at_once(vgg16(0.0625), 0.34375, x), x)

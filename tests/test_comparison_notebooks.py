@@ -1,6 +1,8 @@
 """The notebooks that compare methods, by the Makefile at smoke, with fewer methods, rates and seeds."""
 
 import json
+import subprocess
+import sys
 
 import pandas as pd
 import pytest
@@ -98,6 +100,26 @@ def test_the_best_recipe(trimmed):
     assert ways.at["as it is", "val_accuracy"] == pytest.approx(row["val_accuracy"], rel=1e-5)
     network = load_file(results / "best" / "weights.safetensors")
     assert sum(t.numel() for name, t in network.items() if not name.endswith(STATISTICS)) == row["params"]
+
+
+def test_the_recipe_of_the_whole_network(trimmed):
+    """Folded before it is trained: there is no alpha, and no certificate."""
+    method = "alphaprune, folded at once, widths by sensitivity, distilled"
+    given = [f"{k} {v}" for k, v in {"preset": "smoke", "comparison": "full_size", "seeds": "[0]"}.items()]
+    options = [part for item in given for part in ("-p", *item.split())]
+    out = trimmed / "results" / "smoke" / "notebooks" / "full_size.ipynb"
+    done = subprocess.run(
+        [sys.executable, "notebooks/execute.py", "notebooks/13_best_recipe.ipynb", out, *options, "-p", "method", method],
+        cwd=trimmed, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    results = trimmed / "results" / "smoke"
+    assert "not searched" in out.read_text() and "folded before it was trained" in out.read_text()
+    assert not (results / "best" / "certificate.json").exists()
+    table = pd.read_csv(results / "full_size.csv")
+    assert table["method"].tolist() == [method] and table["lr"].tolist() == [0.05]
+    network = load_file(results / "best" / "weights.safetensors")
+    assert sum(v.numel() for k, v in network.items() if not k.endswith(STATISTICS)) == table["params"].item()
 
 
 def test_rounded_widths(trimmed):

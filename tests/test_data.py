@@ -98,6 +98,25 @@ def test_images_are_those_of_one_draw_a_batch_bit_for_bit(batch_size, height):
         assert images.is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.parametrize("at_once", [2, 3, 100])
+def test_batches_that_are_made_together_are_the_same(monkeypatch, at_once):
+    """As on a GPU."""
+    split = data.load("sample").val
+    for generator in (lambda: None, lambda: torch.Generator().manual_seed(3)):
+        expected = list(data.batches(split, 12, generator()))
+        with monkeypatch.context() as patched:
+            patched.setattr(data, "_batches_at_once", lambda split, batch_size: at_once)
+            found = list(data.batches(split, 12, generator()))
+        assert [len(y) for _, y in found] == [len(y) for _, y in expected]
+        for (images, labels), (same_images, same_labels) in zip(found, expected, strict=True):
+            assert torch.equal(images, same_images) and torch.equal(labels, same_labels)
+
+
+def test_an_augmentation_that_there_is_not_is_refused():
+    with pytest.raises(UsageError, match="augment is 'mixup'; use crop or trivial"):
+        next(data.batches(data.load("sample").val, 8, torch.Generator(), "mixup"))
+
+
 def test_a_trivial_augmentation_depends_on_the_seed_alone_and_leaves_torchs_random_state():
     split = data.load("sample").train
 

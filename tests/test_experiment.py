@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 import torch
 import yaml
+from conftest import ROOT
 
 from alphaprune import UsageError, data, fold
 from alphaprune.experiment import COLUMNS, Experiment, main
@@ -15,6 +16,7 @@ from alphaprune.measure import parameters
 from alphaprune.models import resnet20
 from alphaprune.prune import Pruned, load_pruned, prune
 from alphaprune.results import Results
+from alphaprune.results import main as results_of
 from alphaprune.stage_networks import StageNetworks
 from alphaprune.train import evaluate
 
@@ -208,6 +210,29 @@ def test_a_report_before_its_experiments_names_the_command(small):
         Results("smoke", small, seed=1).check_trained()
     with pytest.raises(UsageError, match=r"not recorded yet; run its experiment first: .*/smoke/fig4\.yaml$"):
         Experiment("smoke", "fig4", small).model("a0.5-lr0.01")
+
+
+def test_claims_are_held_against_what_is_recorded_so_far(monkeypatch, capsys):
+    """Of the records in git, and docs/reproduction.md says the same."""
+    monkeypatch.chdir(ROOT)
+    results_of(["gpu"])
+    *table, counts = capsys.readouterr().out.splitlines()
+    assert len(table) == 28
+    found = {verdict: int(n) for n, verdict in re.findall(r"(\d+) ([a-z ]+)", counts)}
+    page = (ROOT / "docs" / "reproduction.md").read_text()
+    assert (
+        f"{found['reproduced']} are reproduced, {found['not reproduced']} not, {found['report left open']} were left open, "
+        f"and {found['not run']} belong to what was not trained"
+    ) in page
+    with pytest.raises(SystemExit):
+        results_of(["slow"])
+    assert capsys.readouterr().err.startswith("alphaprune: preset 'slow' is unknown")
+
+
+def test_only_another_augmentation_is_part_of_the_identity(small):
+    node = lambda **given: Experiment("smoke", "pretrain", small, **given).stages[0]  # noqa: E731
+    assert "augment" not in node().determines["recipe"]
+    assert node(augment="crop").identity == node().identity != node(augment="trivial").identity
 
 
 def test_figures_of_another_seed_have_another_name(small):

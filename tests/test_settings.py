@@ -46,6 +46,14 @@ def test_presets_train_the_reports_stages_and_ratio():
     )
 
 
+def test_two_presets_start_from_one_pretrained_network():
+    gpu, report = (load_settings(p, "pretrain", ROOT) for p in ("gpu", "report"))
+    same = gpu.model_dump() | {"preset": "report"}
+    shared = set(same) - {"max_epochs", "patience", "fold_now_every"}
+    assert gpu.recipe(gpu.stages[0]) == report.recipe(report.stages[0])
+    assert all(same[k] == report.model_dump()[k] for k in shared)
+
+
 def test_figure_4_has_the_reports_stages():
     stages = load_settings("quick", "fig4", ROOT).stages
     assert [(s.alpha, s.lr) for s in stages] == [(round(1 - i / 10, 1), 1e-3) for i in range(1, 11)] + [

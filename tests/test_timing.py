@@ -81,7 +81,7 @@ def test_what_it_started_itself_is_none_of_the_others():
     after = moment()
     assert after[2] - before[2] >= 0.5
     blamed = cores_of_others(before, (*after[:2], before[2])) - cores_of_others(before, after)
-    assert blamed > 0 and after[0] > before[0]
+    assert blamed > 0
 
 
 def test_what_is_short_is_timed_in_blocks(monkeypatch):

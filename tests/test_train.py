@@ -3,7 +3,6 @@
 import dataclasses
 import os
 import signal
-from functools import partial
 
 import pytest
 import torch
@@ -237,13 +236,74 @@ def test_where_epochs_are_short_a_state_of_some_epochs_ago_does(tmp_path, monkey
     same(fit(again, TRAIN, VAL, RECIPE, "key", tmp_path / "b.safetensors"), expected, again, whole)
 
 
+def test_a_signal_while_no_state_was_due_saves_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(train._State, "waits_to_read", True)  # as on a GPU
+    monkeypatch.setattr(train, "SAVE_BETWEEN", 3600.0)
+    whole = model()
+    expected = fit(whole, TRAIN, VAL, RECIPE, "key", tmp_path / "a.safetensors")
+
+    def asks(outcome):
+        if outcome.epochs == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Interrupted, match="saved after epoch 2"):
+        fit(model(), TRAIN, VAL, RECIPE, "key", tmp_path / "b.safetensors", asks)
+    assert list(tmp_path.glob("b.*"))
+    again = model()
+    same(fit(again, TRAIN, VAL, RECIPE, "key", tmp_path / "b.safetensors"), expected, again, whole)
+
+
+def test_a_trivial_augmentation_is_resumed_within_an_epoch(tmp_path, monkeypatch):
+    recipe = dataclasses.replace(RECIPE, augment="trivial", max_epochs=2)
+    whole, cropped = model(), model()
+    expected = fit(whole, TRAIN, VAL, recipe, "key", tmp_path / "a.safetensors")
+    crop = dataclasses.replace(recipe, augment="crop")
+    assert fit(cropped, TRAIN, VAL, crop, "key", tmp_path / "c.safetensors").history != expected.history
+    monkeypatch.setattr(train, "SAVE_EVERY", 0.0)
+    monkeypatch.setattr(torch.optim, "SGD", DiesAfter)
+    DiesAfter.left = [4]
+    with pytest.raises(Killed):
+        fit(model(), TRAIN, VAL, recipe, "key", tmp_path / "b.safetensors")
+    resumed = model()
+    same(fit(resumed, TRAIN, VAL, recipe, "key", tmp_path / "b.safetensors"), expected, resumed, whole)
+
+
+def test_a_state_is_not_gone_on_from_in_another_precision(tmp_path, monkeypatch):
+    def dies(outcome):
+        raise Killed
+
+    with pytest.raises(Killed):
+        fit(model(), TRAIN, VAL, RECIPE, "key", tmp_path / "a.safetensors", dies)
+    AcceleratorState._reset_state(True)  # of the process; there is one
+    try:
+        bf16 = Accelerator(mixed_precision="bf16", cpu=True)
+        with pytest.warns(UserWarning, match="goes on from the state before"):
+            fit(model(), TRAIN, VAL, RECIPE, "key", tmp_path / "a.safetensors", accelerator=bf16)
+    finally:
+        AcceleratorState._reset_state(True)
+
+
+@pytest.mark.parametrize("precision", ["fp16", "half"])
+def test_a_precision_that_a_cpu_has_not_is_one_line(monkeypatch, precision):
+    monkeypatch.setenv(train.PRECISION, precision)
+    with pytest.raises(
+        UsageError, match=f"ACCELERATE_MIXED_PRECISION is '{precision}'; a CPU trains in bf16"
+    ):
+        train.accelerator_for_this_machine(cpu=True)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("alpha", [1.0, 0.5, 0.0])
 @pytest.mark.parametrize("distill", [0.0, 0.9])
 def test_steps_replayed_from_a_graph_are_those_that_python_takes(tmp_path, monkeypatch, alpha, distill):
     whole, found = train.Gradients, []
     for capture in (False, True):
-        monkeypatch.setattr(train, "Gradients", partial(whole, capture=capture))
+        made = []
+        monkeypatch.setattr(
+            train,
+            "Gradients",
+            lambda *a, capture=capture, made=made: made.append(whole(*a, capture)) or made[0],
+        )
         checkpoint, teacher = tmp_path / f"{capture}.safetensors", model().network
         outcome = fit(
             model(alpha),
@@ -256,16 +316,17 @@ def test_steps_replayed_from_a_graph_are_those_that_python_takes(tmp_path, monke
             teacher=teacher,
         )
         found.append([row["value"] for row in outcome.history if row["metric"] == "loss"])
+        assert made[0].recorded == capture
     assert found[0] == pytest.approx(found[1], rel=1e-3)
 
 
 def test_which_steps_are_alike_is_known():
     made = model()
-    assert Loss(Objective(), made, made).is_the_same
+    assert Loss(Objective(), made, made).is_alike
     drawn = Loss(Objective(draw="bernoulli"), made, made)
-    assert not drawn.is_the_same
+    assert not drawn.is_alike
     made.alpha = 0.0  # nothing but 0 can be drawn
-    assert drawn.is_the_same
+    assert drawn.is_alike
 
 
 @pytest.mark.parametrize("save_every", [0.0, 3600.0])

@@ -112,7 +112,7 @@ MATRIX_UNIT = 8  # numbers of 16 bits that a GPU's matrix units read at once
 GRAPH = "CUDA graph"
 FLOPS_A_MULTIPLY_ADD = 2
 PASSES = 3  # forward, and backward twice that: by weights and by what they read
-EPOCHS = 3  # timed, behind one that is not
+EPOCHS = 5  # timed, behind one that is not
 
 
 def training_steps(width: float, batch: int, threads: int, seconds: float) -> list[dict[str, Any]]:
@@ -391,7 +391,9 @@ def _step(
 
     def step() -> None:
         if gradients:
-            gradients(x, labels, same=True)
+            gradients(x, labels, alike=True)
+            if capture and not gradients.recorded:
+                raise RuntimeError("steps cannot be recorded")
         else:
             optimiser.zero_grad()
             loss_of(x, labels)[0].backward()

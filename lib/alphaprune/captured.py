@@ -20,11 +20,14 @@ class Gradients:
     """Called with a batch, it leaves the gradients of the loss in the parameters and returns loss and logits.
 
     Args:
-        loss_of: gives loss and logits of a batch.
+        loss_of: gives loss and logits of a batch. What it draws in Python, and not on the GPU, is drawn once for all steps that are alike.
         model: what is trained.
         trained: its parameters that are.
         accelerator: says where, and in which precision.
         capture: whether to record where that can be, on a GPU.
+
+    Attributes:
+        recorded: whether steps are replayed.
     """
 
     def __init__(
@@ -39,17 +42,28 @@ class Gradients:
         self.capture = capture and accelerator.device.type == "cuda"
         self.graph: torch.cuda.CUDAGraph | None = None
 
-    def __call__(self, images: Tensor, labels: Tensor, same: bool) -> tuple[Tensor, Tensor]:
-        """One batch. `same` says that from here on each is computed like this one, and has as many images."""
-        if not (same and self.capture):
-            return self._passes(images, labels)
-        if self.graph is None:
+    @property
+    def recorded(self) -> bool:
+        return self.graph is not None
+
+    def __call__(self, images: Tensor, labels: Tensor, alike: bool) -> tuple[Tensor, Tensor]:
+        """One batch; loss and logits are valid until the next.
+
+        Args:
+            images, labels: the batch.
+            alike: whether it is computed as every one that follows, and as every one before for which this was said.
+        """
+        if alike and self.capture and not self.recorded:
             self._record(images, labels)
-        if self.graph is None:
+        if not (alike and self.recorded and images.shape == self.images.shape):
             return self._passes(images, labels)
         self.images.copy_(images)
         self.labels.copy_(labels)
         self.graph.replay()
+        for p, gradient in zip(self.trained, self.gradients, strict=True):
+            p.grad = (
+                gradient  # where the graph writes; whoever looked in between may have left another, or none
+            )
         return self.loss, self.logits
 
     def _passes(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -65,16 +79,17 @@ class Gradients:
         # Of all that a pass changes beside gradients, nothing is to be changed by these.
         before = [b.clone() for b in self.model.buffers()]
         random = torch.get_rng_state(), torch.cuda.get_rng_state()
-        aside = torch.cuda.Stream()
-        aside.wait_stream(torch.cuda.current_stream())
+        main, aside = torch.cuda.current_stream(), torch.cuda.Stream()
+        aside.wait_stream(main)
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.stream(aside):
                 for _ in range(WARM_UP):
                     self._passes(self.images, self.labels)
-            torch.cuda.current_stream().wait_stream(aside)
+            main.wait_stream(aside)
             with torch.cuda.graph(graph):
                 self.loss, self.logits = self._passes(self.images, self.labels)
+            self.gradients = [p.grad for p in self.trained]
             self.graph = graph
         except RuntimeError as e:  # such as a layer that waits for the GPU
             self.capture = False
@@ -83,6 +98,8 @@ class Gradients:
                 stacklevel=3,
             )
         finally:
+            torch.cuda.set_stream(main)  # a capture that failed may leave another one current
+            main.wait_stream(aside)
             for buffer, was in zip(self.model.buffers(), before, strict=True):
                 buffer.copy_(was)
             torch.set_rng_state(random[0])

@@ -15,6 +15,7 @@ if __name__ == "__main__":
 import argparse
 import hashlib
 import json
+import math
 import os
 import shutil
 import socket
@@ -26,6 +27,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import torch
@@ -42,9 +44,9 @@ OFFICIAL_BYTES = 10_000 * RECORD_BYTES  # of a batch
 # Per-channel mean and standard deviation of the 50,000 training images, in units of 0..1.
 MEAN = (0.4914, 0.4822, 0.4465)
 STD = (0.2470, 0.2435, 0.2616)
-BATCHES_AT_ONCE = (
-    16  # made together on a GPU, whose kernels take longer to start than to run; a CPU's caches hold one
-)
+AT_ONCE = (
+    1 << 25
+)  # bytes of images that are made together on a GPU, whose kernels take longer to start than to run; a CPU's caches hold a batch
 ALIKE = 64  # images that TrivialAugment changes alike
 PADDING = 4  # pixels around the image before the random crop
 
@@ -160,7 +162,12 @@ def batches(
 
     Yields:
         images (B, 3, H, W) float32 of about zero mean and unit variance, labels (B,) int64.
+
+    Raises:
+        UsageError: if there is no such augmentation.
     """
+    if augment not in get_args(Augment):
+        raise UsageError(f"augment is {augment!r}; use {' or '.join(get_args(Augment))}")
     device, size = split.images.device, len(split)
     mean = torch.tensor(split.mean, device=device).view(1, 3, 1, 1) * 255
     std = torch.tensor(split.std, device=device).view(1, 3, 1, 1) * 255
@@ -177,7 +184,7 @@ def batches(
             replace(split, images=changed, labels=split.labels[index]),
             torch.arange(len(index), device=device),
         )
-    together = batch_size * (BATCHES_AT_ONCE if split.images.is_cuda else 1)
+    together = batch_size * _batches_at_once(split, batch_size)
     for first in range(0, len(index), together):
         chosen = index[first : first + together]
         images = split.images[chosen]
@@ -185,6 +192,12 @@ def batches(
             images = _augment(images, *moves[:, first : first + together, None])
         images = images.to(torch.float32, memory_format=torch.channels_last).sub_(mean).div_(std)
         yield from zip(images.split(batch_size), split.labels[chosen].split(batch_size), strict=True)
+
+
+def _batches_at_once(split: Split, batch_size: int) -> int:
+    return (
+        max(1, AT_ONCE // (4 * batch_size * math.prod(split.images.shape[1:]))) if split.images.is_cuda else 1
+    )
 
 
 def _drawn(index: Tensor, batch_size: int, generator: torch.Generator) -> Tensor:
@@ -204,9 +217,9 @@ def _trivially(images: Tensor, generator: torch.Generator) -> Tensor:
     from torchvision.transforms.v2 import TrivialAugmentWide  # takes a second to load, which few need
 
     seed = int(torch.randint(2**62, (), generator=generator))
-    # torchvision draws from torch's own random state, which training goes on with afterwards.
-    with torch.random.fork_rng([images.device] if images.is_cuda else []):
-        torch.manual_seed(seed)
+    # torchvision draws on the CPU, from torch's own random state, which training goes on with afterwards.
+    with torch.random.fork_rng([]):
+        torch.default_generator.manual_seed(seed)
         change = TrivialAugmentWide()
         return torch.cat([change(alike) for alike in images.split(ALIKE)])
 

@@ -106,7 +106,7 @@ class Loss:
             self.teacher = Teacher(teacher, structure).to(next(model.parameters()).device)
 
     @property
-    def is_the_same(self) -> bool:
+    def is_alike(self) -> bool:
         """Whether each batch is computed alike: no alpha is drawn for it, or none but 0 can be."""
         return self.objective.draw == "fixed" or self.model.alpha == 0
 

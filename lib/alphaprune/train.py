@@ -1,7 +1,7 @@
 """One stage of training: fit until the validation loss stops falling, keep the best checkpoint, resume exactly.
 
 Every random choice is a function of (key, epoch), never of what ran before, and the state is written after
-every epoch, every minute within one, and when a signal asks to stop; so a run that was killed and started again goes
+every epoch (on a GPU where the last is ten seconds old), every minute within one, and when a signal asks to stop; so a run that was killed and started again goes
 on as if nothing had happened.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import time
 import warnings
 from collections.abc import Callable
@@ -26,7 +27,7 @@ from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
 from alphaprune.allocator import keep_freed_memory
 from alphaprune.captured import Gradients
 from alphaprune.data import Split, batches
-from alphaprune.errors import UsageError
+from alphaprune.errors import UsageError, shown
 from alphaprune.interrupt import SafePoints
 from alphaprune.memory_format import channels_last
 from alphaprune.modes import in_eval_mode
@@ -39,6 +40,7 @@ with warnings.catch_warnings():  # its progress bars, which are not used here, a
     warnings.filterwarnings("ignore", message="IProgress not found")
     from accelerate import Accelerator
 
+PRECISION = "ACCELERATE_MIXED_PRECISION"  # accelerate's own variable
 SAVE_EVERY = 60.0  # seconds within an epoch
 SAVE_BETWEEN = 10.0  # seconds between epochs, on a GPU, where an epoch may take less than saving
 
@@ -100,7 +102,7 @@ def fit(
         measure: called after every epoch with its number, and before the first with 0, for more to note of the
             validation images; it leaves the model as it was.
         anneal: called before every step, and at the end of every epoch, with the share of all steps that is done, to change the model; returns
-            whether it is what it shall be in the end. Of the epochs, only those that end so can be the best. The number of steps has to be
+            whether it is what it shall be in the end, and is not changed any more. Of the epochs, only those that end so can be the best. The number of steps has to be
             known: with "one_cycle" alone.
         identity: what the states are of; one that was saved with another is not gone on from. The key if None.
         accelerator: says where training runs; that of `accelerator_for_this_machine` if None, on a GPU (bf16) if there is one.
@@ -135,7 +137,10 @@ def fit(
     else:
         scheduler = ReduceLROnPlateau(optimizer, factor=recipe.lr_factor, patience=recipe.lr_patience)
     stepper, prepared = accelerator.prepare(model, optimizer)
-    state = _State(model, optimizer, scheduler, checkpoint, identity or key)
+    of = identity or key
+    if accelerator.device.type == "cpu" and accelerator.mixed_precision != "no":
+        of = f"{of} in {accelerator.mixed_precision}"  # a stage is not begun in one precision and ended in another
+    state = _State(model, optimizer, scheduler, checkpoint, of)
 
     if not state.resume():
         loss, accuracy = evaluate(model, val, accelerator=accelerator)
@@ -155,7 +160,7 @@ def fit(
                 if step <= state.step:  # done before the run was interrupted
                     continue
                 arrived = anneal(outcome.steps / all_steps)
-                loss, logits = gradients(images, labels, arrived and loss_of.is_the_same)
+                loss, logits = gradients(images, labels, arrived and loss_of.is_alike)
                 prepared.step()
                 if recipe.lr_schedule == "one_cycle":
                     scheduler.step()
@@ -185,14 +190,12 @@ def fit(
             if recipe.lr_schedule == "plateau":
                 scheduler.step(val_loss)
             state.step = 0
-            if (
-                not state.waits_to_read
-                or signals.wanted
-                or state.finished(recipe)
-                or state.age() >= SAVE_BETWEEN
-            ):
+            due = not state.waits_to_read or state.age() >= SAVE_BETWEEN or state.finished(recipe)
+            if due or signals.wanted:
                 state.save()
             after_epoch(outcome)
+            if signals.wanted and not due:
+                state.save()
             signals.stop(f"saved after epoch {outcome.epochs}")
     accelerator.unwrap_model(
         stepper, keep_fp32_wrapper=False
@@ -229,6 +232,9 @@ def accelerator_for_this_machine(cpu: bool = False) -> Accelerator:
     For a CPU that is fast in bf16, such as one with AMX, accelerate's own ACCELERATE_MIXED_PRECISION=bf16 asks for that.
     """
     gpu = not cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    asked = os.environ.get(PRECISION, "no")
+    if not gpu and asked not in ("no", "bf16"):  # accelerate takes any text, and trains in float32
+        raise UsageError(f"{PRECISION} is {shown(asked)}; a CPU trains in bf16, or without it in float32")
     return Accelerator(mixed_precision="bf16" if gpu else None, cpu=cpu)
 
 
