@@ -32,7 +32,15 @@ from alphaprune.narrowing import folded_at_once, torch_pruning
 from alphaprune.parallel import ParallelModel
 from alphaprune.passes import training_step
 from alphaprune.recipe import Recipe
-from alphaprune.timing import alternate, clock, cores_of_others, moment, torch_threads, trusted
+from alphaprune.timing import (
+    TRUSTED_SPREAD,
+    alternate,
+    clock,
+    cores_of_others,
+    moment,
+    torch_threads,
+    trusted,
+)
 from alphaprune.train import Accelerator, accelerator_for_this_machine, fit
 
 KEEP_RATIO = 0.34375
@@ -496,7 +504,7 @@ def as_table(table: pd.DataFrame) -> str:
     for row in table.to_dict("records"):
         verdict = {True: "holds", False: "**falls short**"}.get(row["holds"], "")
         timed = ["" if pd.isna(row[k]) else form.format(row[k]) for k, form in FORMS.items()]
-        busy = " not to be trusted" if row["trusted"] is False else ""
+        busy = f" not to be trusted{_busy(row)}" if row["trusted"] is False else ""
         cells = [
             row["what"],
             *timed[:2],
@@ -508,6 +516,12 @@ def as_table(table: pd.DataFrame) -> str:
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _busy(row: Mapping[str, Any]) -> str:
+    """What others computed, where the spread alone would not be too large."""
+    wide = pd.notna(row["spread"]) and row["spread"] > TRUSTED_SPREAD
+    return "" if wide else f", {row['others']:.2f} cores busy"
 
 
 def _number(value: float) -> str:

@@ -216,7 +216,8 @@ def _cliff(ax: Axes, own: pd.DataFrame) -> None:
     accuracy = own[own["metric"] == "accuracy"]
     share = recorded_shares(own).groupby("x", as_index=False)["y"].mean()
     now = own[own["metric"].isin(FOLD_NOW)].drop_duplicates("x", keep="last")
-    ax.plot(accuracy["x"], accuracy["y"], color="#3d4650", lw=1.6, label="validation accuracy at its alpha")
+    label = f"validation accuracy{' at its alpha' if accuracy['alpha'].notna().any() else ''}"
+    ax.plot(accuracy["x"], accuracy["y"], color="#3d4650", lw=1.6, label=label)
     if len(now):
         ax.plot(
             now["x"], now["y"], color="royalblue", marker="o", ms=4, lw=1.6, label="if it were folded now"
