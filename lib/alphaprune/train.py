@@ -191,7 +191,7 @@ def fit(
                 scheduler.step(val_loss)
             state.step = 0
             due = not state.waits_to_read or state.age() >= SAVE_BETWEEN or state.finished(recipe)
-            if due or signals.wanted:
+            if due:
                 state.save()
             after_epoch(outcome)
             if signals.wanted and not due:
