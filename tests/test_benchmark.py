@@ -8,7 +8,17 @@ import pytest
 import torch
 from conftest import ROOT
 
-from alphaprune.benchmark import COLUMNS, Sizes, Target, as_line, as_table, compiled_on, measure, training_on
+from alphaprune.benchmark import (
+    COLUMNS,
+    Sizes,
+    Target,
+    as_line,
+    as_table,
+    compiled_on,
+    deployed_on,
+    measure,
+    training_on,
+)
 from alphaprune.measure import multiply_adds
 from alphaprune.models import vgg16
 from alphaprune.narrowing import folded_at_once
@@ -80,6 +90,22 @@ def test_training_on_a_device_is_measured_from_the_epoch_to_the_step():
     assert table["trusted"].isin([True, False]).all()
     assert at("of a step at alpha 1")["target"] == "at most 2" and at("of a step at alpha 1")["value"] > 0
     assert len(as_table(table.reset_index()).splitlines()) == len(table) + 2
+
+
+def test_what_is_deployed_on_a_device_is_measured_in_both_precisions():
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    rows = deployed_on(device, 0.0625, batch=4, seconds=0.1)
+    table = pd.DataFrame(rows).reindex(columns=COLUMNS).set_index("what")
+    shared = [
+        f"{device}, VGG-16 of width 0.0625, {precision}, batch {batch}: {network}"
+        for precision in ("float32", "bfloat16")
+        for batch in (1, 4)
+        for network in ("original", "folded, multiples of 8")
+    ]
+    assert list(table.index) == [f"{of}, {what}" for of in shared for what in ("inference", "memory")]
+    times, held = table.iloc[::2], table.iloc[1::2]
+    assert (times["milliseconds"] > 0).all() and times["value"].iloc[::2].eq(1).all()
+    assert held["value"].ge(0).all() and held["unit"].eq("MiB at most").all()
 
 
 def test_a_step_is_compiled_beside_eager_and_what_does_not_work_says_why():

@@ -26,6 +26,7 @@ from alphaprune.data import Split, batches
 from alphaprune.deployment import deployment
 from alphaprune.errors import UsageError
 from alphaprune.fold import fold
+from alphaprune.footprint import footprint
 from alphaprune.measure import multiply_adds
 from alphaprune.models import vgg16
 from alphaprune.narrowing import folded_at_once, torch_pruning
@@ -368,6 +369,33 @@ def compiled_on(
     ] + rows
 
 
+def deployed_on(device: str, width: float, batch: int, seconds: float) -> list[dict[str, Any]]:
+    """A VGG-16 and what it folds to in eval mode on one device, in float32 and in bfloat16: time and most memory of one image and of a batch.
+
+    Args:
+        device: "cuda" or "cpu".
+        width, batch: of the VGG-16; images at once.
+        seconds: of timing, for each precision and number of images.
+    """
+    original = vgg16(width).eval()
+    image = torch.randn(1, 3, 32, 32)
+    folded = folded_at_once(original, KEEP_RATIO, image, MATRIX_UNIT)
+    rows = []
+    for precision in (torch.float32, torch.bfloat16):
+        networks = {"original": original, f"folded, multiples of {MATRIX_UNIT}": folded}
+        own = {name: copy.deepcopy(n).to(precision) for name, n in networks.items()}
+        table = footprint({"VGG-16": own}, image.to(precision), (1, batch), seconds, device=device)
+        for t in table.itertuples():
+            what = f"{device}, VGG-16 of width {width:g}, {str(precision).removeprefix('torch.')}, batch {t.batch}: {t.network}"
+            ratio = _row(f"{what}, inference", t.faster, "times as fast as the original", Target(), t)
+            held = {"value": t.memory_peak, "unit": "MiB at most", "threads": t.threads}
+            rows += [
+                ratio | {"milliseconds": t.milliseconds},
+                {"what": f"{what}, memory"} | held | _target(Target(), 0),
+            ]
+    return rows
+
+
 @contextmanager
 def _without_remarks() -> Iterator[None]:
     """A dozen lines on each piece that torch.compile leaves as it is."""
@@ -445,7 +473,7 @@ def measure(sizes: Sizes = Sizes(), say: Callable[[str], None] = print) -> pd.Da
 
 
 def measure_gpu(sizes: Sizes = Sizes(), say: Callable[[str], None] = print) -> pd.DataFrame:
-    """Training on a GPU, as `measure`: whole epochs, and a step as it is, from a CUDA graph, and compiled.
+    """What is of a GPU, as `measure`: whole epochs, what is deployed, and a training step as it is, from a CUDA graph, and compiled.
 
     Raises:
         UsageError: if there is none.
@@ -462,6 +490,7 @@ def measure_gpu(sizes: Sizes = Sizes(), say: Callable[[str], None] = print) -> p
         )
         for batch in (s.batch, 4 * s.batch)
     }
+    groups["deployed"] = partial(deployed_on, "cuda", s.full_width, s.batch, s.seconds / 20)
     for name, network in _with_branches_and_folded(s.full_width, x).items():
         compiler = name in ("plain", "folded")  # of branches it leaves most as it is
         groups[name] = partial(

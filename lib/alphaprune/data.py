@@ -47,7 +47,7 @@ STD = (0.2470, 0.2435, 0.2616)
 AT_ONCE = (
     1 << 25
 )  # bytes of images that are made together on a GPU, whose kernels take longer to start than to run; a CPU's caches hold a batch
-ALIKE = 64  # images that TrivialAugment changes alike
+ALIKE = 128  # images that TrivialAugment changes alike, from all batches of an epoch
 PADDING = 4  # pixels around the image before the random crop
 
 ARCHIVE = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
@@ -158,7 +158,7 @@ def batches(
             is the only one. All that an epoch draws is drawn before its first batch. Without, the images come in
             order, as they are, all of them.
         augment: "trivial" makes a random change of TrivialAugment (Müller and Hutter, 2021) before that, the same one
-            to each `ALIKE` images that follow one another, so that a GPU is given few operations.
+            to each `ALIKE` images drawn from the whole epoch, so that a GPU is given few operations and a batch has many.
 
     Yields:
         images (B, 3, H, W) float32 of about zero mean and unit variance, labels (B,) int64.
@@ -201,27 +201,37 @@ def _batches_at_once(split: Split, batch_size: int) -> int:
 
 
 def _drawn(index: Tensor, batch_size: int, generator: torch.Generator) -> Tensor:
-    """For each image of an epoch, in its order, top, left and flip (3, N), in three bytes: there may be many images."""
-    drawn = []
-    for chosen in index.split(batch_size):
-        shape = (len(chosen), 1)
-        top = torch.randint(2 * PADDING + 1, shape, generator=generator)
-        left = torch.randint(2 * PADDING + 1, shape, generator=generator)
-        flip = torch.rand(shape, generator=generator) < 0.5
-        drawn.append(torch.cat([top, left, flip], 1).to(torch.uint8))
-    return torch.cat(drawn).t().contiguous()
+    """For each image of an epoch, in its order, top, left and flip (3, N), in three bytes: there may be many images.
+
+    These are the numbers that one `randint`, `randint` and `rand` a batch would give, without a call for each: of a thousand calls an epoch
+    a GPU would wait for more than for all its images.
+    """
+    size = min(batch_size, len(index))
+    # The generator's words, of 32 bits, which come in pairs, the later one first.
+    pairs = torch.empty((3 * len(index) + 1) // 2, dtype=torch.int64)
+    pairs.random_(torch.iinfo(torch.int64).min, None, generator=generator)
+    words = pairs.view(torch.int32).view(-1, 2).flip(1).flatten()[: 3 * len(index)]
+    # (batches, 3, B) -> (3, N), as unsigned numbers
+    top, left, uniform = words.view(-1, 3, size).transpose(0, 1).flatten(1).to(torch.int64) & 0xFFFFFFFF
+    offsets = 2 * PADDING + 1
+    flip = (uniform & 1 << 23) == 0  # of rand's 24 bits the highest, so rand < 1/2
+    return torch.stack([top % offsets, left % offsets, flip]).to(torch.uint8)
 
 
 def _trivially(images: Tensor, generator: torch.Generator) -> Tensor:
-    """One operation of TrivialAugment, at one strength, for each `ALIKE` of the images."""
+    """One operation of TrivialAugment, at one strength, for each `ALIKE` of the images, which are not those of one batch."""
     from torchvision.transforms.v2 import TrivialAugmentWide  # takes a second to load, which few need
 
     seed = int(torch.randint(2**62, (), generator=generator))
+    alike = torch.randperm(len(images), generator=generator).to(images.device).split(ALIKE)
+    changed = torch.empty_like(images)
     # torchvision draws on the CPU, from torch's own random state, which training goes on with afterwards.
     with torch.random.fork_rng([]):
         torch.default_generator.manual_seed(seed)
         change = TrivialAugmentWide()
-        return torch.cat([change(alike) for alike in images.split(ALIKE)])
+        for chosen in alike:
+            changed[chosen] = change(images[chosen])
+    return changed
 
 
 def _augment(images: Tensor, top: Tensor, left: Tensor, flip: Tensor) -> Tensor:

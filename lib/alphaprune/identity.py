@@ -10,7 +10,7 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from alphaprune.recipe import BRANCHES_VERSION, RIDGE, TRAINING_VERSION
+from alphaprune.recipe import BRANCHES_VERSION, RIDGE, TRAINING_VERSION, TRIVIAL_VERSION
 from alphaprune.settings import Settings, Stage
 
 # Part of the identity of every stage whose network is plain and narrow. Raise it when what it begins with changes.
@@ -96,7 +96,9 @@ def identified(
         network["widths"] = ratios
     recipe = asdict(settings.recipe(stage))
     if recipe["augment"] == "crop":  # likewise
-        del recipe["augment"]
+        del recipe["augment"], recipe["augment_until"]
+    else:
+        recipe["trivial_version"] = TRIVIAL_VERSION
     determines = {
         "training_version": TRAINING_VERSION,
         "experiment": settings.experiment,

@@ -13,6 +13,7 @@ BRANCHES_VERSION = 3
 Init = Literal["random", "select", "least_squares"]  # what branches start from, see `initialise`
 RIDGE = 1e-4  # of least squares, where no other is asked for: as close a fit as the images allow
 LARGEST_RIDGE = 1e6  # beside which any fit is plain selection
+TRIVIAL_VERSION = 2  # part of the identity of every stage that trains with it, likewise
 Draw = Literal["fixed", "bernoulli", "uniform"]
 Augment = Literal["crop", "trivial"]
 
@@ -32,6 +33,8 @@ class Recipe:
         momentum, weight_decay: of SGD.
         label_smoothing: of the cross entropy.
         augment: "crop" flips and crops the training images; "trivial" makes a change of TrivialAugment to each before that.
+        augment_until: share of the epochs in which "trivial" does so, in (0, 1]; the last ones are plain, as are the images that are judged
+            (He et al., Data augmentation revisited, 2019).
         log_every: steps between two rows of training accuracy.
     """
 
@@ -46,7 +49,12 @@ class Recipe:
     weight_decay: float = 0.0
     label_smoothing: float = 0.0
     augment: Augment = "crop"
+    augment_until: float = 1.0
     log_every: int = 20
+
+    def augment_in(self, epoch: int) -> Augment:
+        """The augmentation of an epoch, of which the first is 1."""
+        return self.augment if epoch <= self.augment_until * self.max_epochs else "crop"
 
     def steps_an_epoch(self, images: int) -> int:
         """Steps for so many images; what does not fill a batch is left out, unless it is all."""

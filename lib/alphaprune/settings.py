@@ -209,6 +209,7 @@ class Settings(_Strict):
     weight_decay: NotNegative = 0.0
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     augment: Augment = "crop"
+    augment_until: Annotated[float, Field(gt=0, le=1)] = 1.0
     log_every: Count
     fold_now_every: Count = 3  # epochs between two measurements of what the network would score if folded
     # what to do
@@ -260,6 +261,14 @@ class Settings(_Strict):
     def _widths_can_be_rounded(self) -> Settings:
         if self.round_to != 1 and self.widths == "uniform":
             raise ValueError("round_to is for widths: sensitivity; set that, or leave round_to out")
+        return self
+
+    @model_validator(mode="after")
+    def _augment_ends(self) -> Settings:
+        if self.augment_until != 1 and (self.augment == "crop" or self.lr_schedule != "one_cycle"):
+            raise ValueError(
+                "augment_until is for augment: trivial and lr_schedule: one_cycle; set both, or leave it out"
+            )
         return self
 
     @model_validator(mode="after")

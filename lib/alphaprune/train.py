@@ -155,7 +155,7 @@ def fit(
             seed = state.begin_epoch(key)
             model.train()
             drawn_by = torch.Generator().manual_seed(seed)
-            shuffled = batches(train, recipe.batch_size, drawn_by, recipe.augment)
+            shuffled = batches(train, recipe.batch_size, drawn_by, recipe.augment_in(outcome.epochs))
             for step, (images, labels) in enumerate(shuffled, 1):
                 if step <= state.step:  # done before the run was interrupted
                     continue
