@@ -82,7 +82,7 @@ help:
 	@echo "make verify              three smoke reproductions, compared: is the same command the same result?"
 	@echo "make benchmark           how fast it is, against what it replaces, and the whole reproduction timed (20 minutes)"
 	@echo "make benchmark-check     the same without that; fails where a ratio falls short of its target"
-	@echo "make benchmark-gpu       training on a GPU: whole epochs, CUDA graphs, torch.compile (a few minutes)"
+	@echo "make benchmark-gpu       on a GPU: training epochs, what is deployed, CUDA graphs, torch.compile (a few minutes)"
 	@echo "make audit               known vulnerabilities of what requirements.lock names"
 	@echo "make lock                resolve requirements.lock anew"
 	@echo "make clean               remove results/$(PRESET) but for pretrained networks, widths and what is compared"
@@ -136,7 +136,7 @@ pretrain: | $(READY) $(DATA)
 
 $(foreach e,$(EXPERIMENTS),$(R)/notebooks/$(e).ipynb): $(R)/notebooks/%.ipynb: $(H)/notebooks/02_alpha_decay.ipynb \
     $(H)/params/$(PRESET)/%.yaml $(H)/params/report/%.yaml $(H)/params/$(PRESET)/preset.yaml $(LIBRARY) \
-    $(R)/notebooks/pretrain.ipynb $(call inputs,$(wildcard $(if $(filter gpu,$(PRESET)),results/report,$(R))/pretrained/*.sha256))
+    $(R)/notebooks/pretrain.ipynb $(call inputs,$(wildcard $(R)/pretrained/*.sha256))
 	@$(RUN) $(<:$(H)/%=%) $@ -f params/$(PRESET)/$*.yaml
 	@touch $(R)/.changed
 

@@ -1,7 +1,7 @@
 """How fast is it? Ratios that were taken in one run, and how long the whole `quick` reproduction takes.
 
 python notebooks/benchmark.py            # writes docs/benchmark.json and docs/benchmark.md
-python notebooks/benchmark.py --gpu      # training on a GPU: docs/benchmark_gpu.json and docs/benchmark_gpu.md
+python notebooks/benchmark.py --gpu      # on a GPU: docs/benchmark_gpu.json and docs/benchmark_gpu.md
 python notebooks/benchmark.py --check    # the ratios alone, nothing written; ends with 1 where one falls short, with 2 where the
                                          # machine was too busy to tell
 """
@@ -45,10 +45,10 @@ def page(table: pd.DataFrame, source: dict[str, object], command: str, gpu: bool
     """A page of docs/."""
     title, about = "How fast it is", ""
     if gpu:
-        title = "Training on a GPU"
+        title = "On a GPU"
         about = (
-            "\n\nIn bf16, images on the card, keep_ratio 0.34375; *eager* is without a CUDA graph. The share of the peak counts multiply-adds forward and "
-            "twice as many backward. The data path is timed alone, so its share is at most that."
+            "\n\nTraining in bf16, images on the card, keep_ratio 0.34375; *eager* is without a CUDA graph. The share of the peak counts multiply-adds forward and "
+            "twice as many backward. The data path, images mirrored and cropped, is timed alone, so its share is at most that. Inference in eval mode, by plain torch."
         )
     hardware = ", ".join(f"{k} {v}" for k, v in source["hardware"].items() if v and k != "threads")
     versions = ", ".join(f"{k} {v}" for k, v in source["versions"].items())
@@ -69,7 +69,7 @@ def write(table: pd.DataFrame, source: dict[str, object], command: str, name: st
 
 
 def of_gpu() -> int:
-    """Training on a GPU, measured and written."""
+    """What is measured on a GPU, written."""
     command = f"{COMMAND}-gpu"
     try:
         table = measure_gpu(say=lambda line: print(line, flush=True))
@@ -93,7 +93,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Measure how fast alphaprune is.")
     either = parser.add_mutually_exclusive_group()
     either.add_argument("--check", action="store_true", help="ratios alone; fail where one falls short")
-    either.add_argument("--gpu", action="store_true", help="training on a GPU alone")
+    either.add_argument("--gpu", action="store_true", help="what is measured on a GPU, alone")
     args = parser.parse_args(arguments)
     end_at_signals()
     if args.gpu:

@@ -117,7 +117,7 @@ def test_the_recipe_of_the_whole_network(trimmed):
     assert "not searched" in out.read_text() and "folded before it was trained" in out.read_text()
     assert not (results / "best" / "certificate.json").exists()
     table = pd.read_csv(results / "full_size.csv")
-    assert table["method"].tolist() == [method] and table["lr"].tolist() == [0.05]
+    assert table["method"].tolist() == [method] and table["lr"].tolist() == [0.1]
     network = load_file(results / "best" / "weights.safetensors")
     assert sum(v.numel() for k, v in network.items() if not k.endswith(STATISTICS)) == table["params"].item()
 

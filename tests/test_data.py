@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.transforms import v2
 
 from alphaprune import UsageError, data
 
@@ -85,7 +86,7 @@ def one_by_one(split, batch_size, generator):
         yield torch.stack(images), split.labels[chosen]
 
 
-@pytest.mark.parametrize("batch_size", [1, 32, 40, 80, 100])
+@pytest.mark.parametrize("batch_size", [1, 25, 32, 40, 80, 100])
 @pytest.mark.parametrize("height", [32, 20])
 def test_images_are_those_of_one_draw_a_batch_bit_for_bit(batch_size, height):
     whole = data.load("sample").val
@@ -134,6 +135,25 @@ def test_a_trivial_augmentation_depends_on_the_seed_alone_and_leaves_torchs_rand
     unchanged = (once == cropped).flatten(1).all(1)
     assert (~unchanged).sum() > 0 and once.shape == cropped.shape
     assert torch.isfinite(once).all()
+
+
+def test_a_trivial_augmentation_changes_images_of_all_batches_alike(monkeypatch):
+    """Each image once, in groups of `ALIKE`; of images that follow one another a batch would have few changes."""
+    numbers = torch.arange(400)
+    planes = torch.stack([numbers // 256, numbers % 256, numbers * 0], 1)  # an image says which it is
+    split = data.Split(planes[:, :, None, None].expand(-1, -1, 4, 4).to(torch.uint8), numbers)
+    groups = []
+
+    def change(images):
+        groups.append(images[:, 0, 0, 0].long() * 256 + images[:, 1, 0, 0])
+        return images
+
+    monkeypatch.setattr(v2, "TrivialAugmentWide", lambda: change)
+    found = list(data.batches(split, 100, torch.Generator().manual_seed(1), "trivial"))
+    assert [len(group) for group in groups] == [128, 128, 128, 16]
+    assert torch.equal(torch.cat(groups).sort().values, numbers)
+    for _, labels in found:
+        assert all(10 < torch.isin(group, labels).sum() < 60 for group in groups[:3])  # a quarter is 32
 
 
 def test_a_last_incomplete_batch_is_left_out_in_training_only():

@@ -231,8 +231,13 @@ def test_claims_are_held_against_what_is_recorded_so_far(monkeypatch, capsys):
 
 def test_only_another_augmentation_is_part_of_the_identity(small):
     node = lambda **given: Experiment("smoke", "pretrain", small, **given).stages[0]  # noqa: E731
-    assert "augment" not in node().determines["recipe"]
-    assert node(augment="crop").identity == node().identity != node(augment="trivial").identity
+    of = lambda **given: (
+        {"augment", "augment_until", "trivial_version"} & set(node(**given).determines["recipe"])
+    )  # noqa: E731
+    assert of() == set() and len(of(augment="trivial", lr_schedule="one_cycle")) == 3
+    trivial = {"augment": "trivial", "lr_schedule": "one_cycle"}
+    found = [node(**g).identity for g in ({}, {"augment": "crop"}, trivial, trivial | {"augment_until": 0.5})]
+    assert found[0] == found[1] and len(set(found)) == 3
 
 
 def test_figures_of_another_seed_have_another_name(small):

@@ -46,12 +46,28 @@ def test_presets_train_the_reports_stages_and_ratio():
     )
 
 
-def test_two_presets_start_from_one_pretrained_network():
+def test_two_presets_pretrain_alike_each_for_itself():
     gpu, report = (load_settings(p, "pretrain", ROOT) for p in ("gpu", "report"))
-    same = gpu.model_dump() | {"preset": "report"}
+    assert (gpu.publish, report.publish) == ("results/gpu/pretrained", "results/report/pretrained")
+    same = gpu.model_dump() | {"preset": "report", "publish": report.publish, "base": report.base}
     shared = set(same) - {"max_epochs", "patience", "fold_now_every"}
     assert gpu.recipe(gpu.stages[0]) == report.recipe(report.stages[0])
     assert all(same[k] == report.model_dump()[k] for k in shared)
+
+
+def test_a_plain_end_belongs_to_a_known_number_of_changed_epochs():
+    given = {"augment": "trivial", "augment_until": 0.5, "lr_schedule": "one_cycle"}
+    settings = load_settings("smoke", "pretrain", ROOT, **given | {"max_epochs": 4})
+    recipe = settings.recipe(settings.stages[0])
+    assert [recipe.augment_in(epoch) for epoch in (1, 2, 3, 4)] == ["trivial", "trivial", "crop", "crop"]
+    settings = load_settings("smoke", "pretrain", ROOT, **given | {"augment_until": 0.29, "max_epochs": 100})
+    recipe = settings.recipe(settings.stages[0])
+    assert [recipe.augment_in(epoch) for epoch in (29, 30)] == ["trivial", "crop"]  # 0.29 * 100 < 29
+    for other in ({"augment": "crop"}, {"lr_schedule": "plateau"}):
+        with pytest.raises(
+            UsageError, match="augment_until is for augment: trivial and lr_schedule: one_cycle"
+        ):
+            load_settings("smoke", "pretrain", ROOT, **given | other)
 
 
 def test_figure_4_has_the_reports_stages():

@@ -268,6 +268,17 @@ def test_a_trivial_augmentation_is_resumed_within_an_epoch(tmp_path, monkeypatch
     same(fit(resumed, TRAIN, VAL, recipe, "key", tmp_path / "b.safetensors"), expected, resumed, whole)
 
 
+def test_images_are_plain_in_the_last_epochs(tmp_path):
+    trivial = dataclasses.replace(RECIPE, augment="trivial", max_epochs=2)
+    recipes = [trivial, dataclasses.replace(trivial, augment_until=0.5)]
+    until_the_end, half = (
+        fit(model(), TRAIN, VAL, r, "key", tmp_path / f"{r.augment_until}.safetensors").history
+        for r in recipes
+    )
+    first = [row for row in half if row["epoch"] <= 1]
+    assert first == [row for row in until_the_end if row["epoch"] <= 1] and half != until_the_end
+
+
 def test_a_state_is_not_gone_on_from_in_another_precision(tmp_path, monkeypatch):
     def dies(outcome):
         raise Killed

@@ -473,7 +473,7 @@ def measure(sizes: Sizes = Sizes(), say: Callable[[str], None] = print) -> pd.Da
 
 
 def measure_gpu(sizes: Sizes = Sizes(), say: Callable[[str], None] = print) -> pd.DataFrame:
-    """What is of a GPU, as `measure`: whole epochs, what is deployed, and a training step as it is, from a CUDA graph, and compiled.
+    """What is measured on a GPU, in the form of `measure`: whole epochs, what is deployed, and a training step as it is, from a CUDA graph, and compiled.
 
     Raises:
         UsageError: if there is none.

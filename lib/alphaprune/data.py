@@ -203,8 +203,8 @@ def _batches_at_once(split: Split, batch_size: int) -> int:
 def _drawn(index: Tensor, batch_size: int, generator: torch.Generator) -> Tensor:
     """For each image of an epoch, in its order, top, left and flip (3, N), in three bytes: there may be many images.
 
-    These are the numbers that one `randint`, `randint` and `rand` a batch would give, without a call for each: of a thousand calls an epoch
-    a GPU would wait for more than for all its images.
+    These are the numbers that one `randint`, `randint` and `rand` a batch would give, without a call for each: a thousand calls an epoch
+    would keep a GPU waiting for longer than it takes to make all its images.
     """
     size = min(batch_size, len(index))
     # The generator's words, of 32 bits, which come in pairs, the later one first.

@@ -33,8 +33,8 @@ class Recipe:
         momentum, weight_decay: of SGD.
         label_smoothing: of the cross entropy.
         augment: "crop" flips and crops the training images; "trivial" makes a change of TrivialAugment to each before that.
-        augment_until: share of the epochs in which "trivial" does so, in (0, 1]; the last ones are plain, as are the images that are judged
-            (He et al., Data augmentation revisited, 2019).
+        augment_until: share of the epochs in which "trivial" does so, in (0, 1]; in the last ones images are mirrored and cropped alone, which
+            is nearer to those that are judged (He et al., Data augmentation revisited, 2019).
         log_every: steps between two rows of training accuracy.
     """
 
@@ -54,7 +54,7 @@ class Recipe:
 
     def augment_in(self, epoch: int) -> Augment:
         """The augmentation of an epoch, of which the first is 1."""
-        return self.augment if epoch <= self.augment_until * self.max_epochs else "crop"
+        return self.augment if epoch <= round(self.augment_until * self.max_epochs) else "crop"
 
     def steps_an_epoch(self, images: int) -> int:
         """Steps for so many images; what does not fill a batch is left out, unless it is all."""
