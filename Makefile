@@ -147,7 +147,7 @@ $(R)/notebooks/pruned.ipynb: $(H)/notebooks/03_fold_and_verify.ipynb $(H)/params
 	@touch $(R)/.changed
 
 why: | $(READY)
-	@$(BIN)/python -m alphaprune.experiment --why $(wildcard $(foreach e,pretrain $(EXPERIMENTS) pretrain_resnet20 resnet20_narrow resnet20_plain unfinished,params/$(PRESET)/$(e).yaml))
+	@$(BIN)/python -m alphaprune.experiment --why $(wildcard $(foreach e,pretrain $(EXPERIMENTS) pretrain_resnet20 resnet20_narrow resnet20_plain unfinished adaptive,params/$(PRESET)/$(e).yaml))
 ifneq ($(PRESET),gpu)
 	@$(BIN)/python -m alphaprune.comparison cliff $(PRESET) --why
 	@$(BIN)/python -m alphaprune.comparison controls $(PRESET) --why
@@ -183,7 +183,7 @@ $(R)/notebooks/own_network.ipynb: $(H)/notebooks/07_your_own_network.ipynb $(H)/
 
 cliff: $(R)/html/cliff.html
 	@echo "Page:      $<"
-$(R)/notebooks/cliff.ipynb: $(H)/notebooks/08_the_cliff.ipynb $(H)/params/cliff.yaml $(H)/params/$(PRESET)/cliff.yaml $(H)/params/$(PRESET)/preset.yaml $(LIBRARY) $(R)/notebooks/pretrain.ipynb
+$(R)/notebooks/cliff.ipynb: $(H)/notebooks/08_the_cliff.ipynb $(H)/params/cliff.yaml $(foreach e,cliff adaptive,$(H)/params/$(PRESET)/$(e).yaml) $(H)/params/$(PRESET)/preset.yaml $(LIBRARY) $(R)/notebooks/pretrain.ipynb
 	@$(RUN) $(<:$(H)/%=%) $@ -p preset $(PRESET) -p jobs $(JOBS)
 	@touch $(R)/.changed
 
@@ -294,6 +294,6 @@ audit: | $(READY)
 	@$(BIN)/python notebooks/audit.py requirements.lock
 
 # What is compared took hours, and is what the tables beside it say.
-COMPARED := $(addprefix $(R)/stages/,controls cliff rounded unfinished full_size) $(if $(filter gpu,$(PRESET)),$(wildcard $(R)/stages/*))
+COMPARED := $(addprefix $(R)/stages/,controls cliff adaptive rounded unfinished full_size) $(if $(filter gpu,$(PRESET)),$(wildcard $(R)/stages/*))
 clean:
 	rm -rf $(R)/.inputs $(R)/.seals $(R)/notebooks $(R)/html $(R)/figures $(filter-out $(COMPARED),$(wildcard $(R)/stages/*)) $(R)/bundle $(R)/own_images $(R)/report.html $(R)/scorecard.csv

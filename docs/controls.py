@@ -1,4 +1,4 @@
-"""Write the tables of README.md and docs/controls.md, and the pictures budgets, pareto and annealing of docs/, anew from the records.   python docs/controls.py"""
+"""Write the tables of README.md and docs/controls.md, and the pictures budgets, pareto, annealing and full_width of docs/, anew from the records.   python docs/controls.py"""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from alphaprune.comparison import curves, original, summary
 from alphaprune.course import FOLD_NOW_RUNNING, falls, with_falling_alpha
-from alphaprune.method_plots import WIDTHS, budget_curves, cliffs, pareto
+from alphaprune.method_plots import WIDTHS, beside_published, budget_curves, cliffs, pareto
 from alphaprune.pace import at_seconds, recorded, timed
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -239,6 +239,13 @@ def main() -> None:
             rows, (whole["macs"], whole["test_accuracy"]), published, "Accuracy against multiply-adds"
         ),
     }
+    full, of_full = original("full_size", "report", ROOT), ROOT / "results" / "report" / "full_size.csv"
+    figures["full_width"] = beside_published(
+        summary(pd.read_csv(of_full)),
+        (full["macs"], full["test_accuracy"]),
+        published,
+        "VGG-16 on CIFAR-10, pruned",
+    )
     for name, figure in figures.items():
         figure.savefig(ROOT / "docs" / f"{name}.png", dpi=100)
         print(f"docs/{name}.png")

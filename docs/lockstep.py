@@ -9,10 +9,10 @@ WIDE, NARROW, SHARED, BRANCH = "#c9d3dd", "#b7cdf5", "#f3dca6", "#d9eed2"
 
 
 def main() -> None:
-    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    figure = Figure(figsize=(11, 4.9), layout="constrained")
     ax = figure.subplots()
     ax.set_xlim(0, 22.4)
-    ax.set_ylim(-0.6, 8.8)
+    ax.set_ylim(-1.3, 8.8)
     ax.axis("off")
     top, middle, bottom = 6.4, 3.9, 1.4
 
@@ -51,11 +51,11 @@ def main() -> None:
         arrow((17.95, y), (18.7, y))
         arrow((19.9, y), (21.2, y))
     arrow((1.9, top + 0.3), (19.3, top + 0.6), bend=-0.16, color="#8a8a8a")
-    arrow((1.9, bottom - 0.3), (19.3, bottom - 0.6), bend=0.14, color="#8a8a8a")
+    arrow((1.0, bottom - 0.75), (19.3, bottom - 0.6), bend=0.13, color="#8a8a8a")
     ax.text(10.6, 8.45, "shortcut, in C channels", ha="center", fontsize=9, color="#555555")
     ax.text(
         10.6,
-        -0.45,
+        -1.1,
         "shortcut, in k channels: still a plain addition",
         ha="center",
         fontsize=9,

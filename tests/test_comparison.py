@@ -17,7 +17,7 @@ from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 
-from alphaprune import UsageError, comparison
+from alphaprune import UsageError, comparison, data
 from alphaprune.comparison import (
     COLUMNS,
     climb,
@@ -25,13 +25,14 @@ from alphaprune.comparison import (
     experiment,
     load_comparison,
     main,
+    original,
     provenance,
     reasons,
     settings_by_method,
     summary,
 )
 from alphaprune.experiment import Experiment
-from alphaprune.method_plots import cliffs
+from alphaprune.method_plots import beside_published, cliffs
 from alphaprune.records import write_record
 
 GRID = [0.005, 0.01, 0.02, 0.05, 0.1]
@@ -107,6 +108,28 @@ def test_the_lowest_panel_of_each_column_has_its_scale(ways):
     panels = [ax for ax in cliffs(pd.DataFrame(rows), "t", columns=3).axes if ax.axison]
     scaled = [bool(ax.get_xlabel()) and ax.xaxis.get_tick_params()["labelbottom"] for ax in panels]
     assert scaled == [i >= ways - 3 for i in range(ways)]
+
+
+def test_the_original_is_measured_once_and_then_its_weights_are_not_needed(prepared, monkeypatch):
+    weights = prepared / "results" / "smoke" / "pretrained" / "vgg16.safetensors"
+    found = original("controls", "smoke", prepared)
+    assert found["params"] == 232274 and 0 <= found["test_accuracy"] <= 100
+    monkeypatch.setattr(data, "load_test", None)  # whoever reads the test images again fails
+    weights.unlink()
+    assert original("controls", "smoke", prepared) == found
+    record = weights.with_name("original.json")
+    record.write_bytes(record.read_bytes().replace(b'"val_images": 64', b'"val_images": 63'))
+    with pytest.warns(UserWarning, match="is damaged .*; it is measured again"), pytest.raises(UsageError):
+        original("controls", "smoke", prepared)
+
+
+def test_ours_and_published_results_are_all_in_the_picture():
+    own = pd.DataFrame({"method": ["alphaprune, a"], "macs": [12], "test_mean": [93.4], "test_std": [0.2]})
+    others = pd.DataFrame({"name": ["A", "B"], "macs_left": [11.7, 21.4], "test_accuracy": [91.7, 93.8]})
+    (ax,) = beside_published(own, (100, 94.5), others, "t").axes
+    assert {t.get_text() for t in ax.texts} == {"before pruning, 94.5 %", "93.4", "A, 91.7", "B, 93.8"}
+    low, high = ax.get_ylim()
+    assert low < 91.7 and high > 94.5 and ax.get_xlim()[0] < 11.7
 
 
 def test_why_names_what_would_be_trained_and_what_changed(prepared, capsys, monkeypatch):

@@ -24,6 +24,7 @@ FAMILIES = {
     "report": "crimson",
 }
 MOST_ALPHAS = 12  # written into a panel
+SMALL = 70  # percent: where nothing is below, a panel begins there
 WIDTHS = "widths by sensitivity"  # in a method's name, as distilled is
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
@@ -126,6 +127,39 @@ def pareto(
     return figure
 
 
+def beside_published(
+    summary: pd.DataFrame, original: tuple[float, float], published: pd.DataFrame, title: str
+) -> Figure:
+    """What methods make of a network of full width, beside published results; arguments as of `pareto`."""
+    look = _look(sorted(summary["method"].unique()))
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(7.2, 4.6), layout="constrained")
+        ax = figure.subplots()
+        macs, accuracy = original
+        ax.axhline(accuracy, color="black", lw=1, ls=":")
+        ax.annotate(f"before pruning, {accuracy:.1f} %", (1, accuracy), xycoords=("axes fraction", "data"),
+                    xytext=(-4, 4), textcoords="offset points", ha="right", fontsize="small")  # fmt: skip
+        for row in summary.itertuples():
+            left, std = 100 * row.macs / macs, 0 if pd.isna(row.test_std) else row.test_std
+            ax.errorbar(
+                left, row.test_mean, yerr=std, ls="", ms=9, capsize=3, label=row.method, **look[row.method]
+            )
+            ax.annotate(f"{row.test_mean:.1f}", (left, row.test_mean), xytext=(-9, -4), textcoords="offset points",
+                        ha="right", weight="bold")  # fmt: skip
+        for n, row in enumerate(published.itertuples()):
+            ax.plot(row.macs_left, row.test_accuracy, marker="*", ms=13, ls="", color="white", markeredgecolor="black",
+                    label="published: another VGG-16 to begin with, other training" if n == 0 else None)  # fmt: skip
+            ax.annotate(f"{row.name}, {row.test_accuracy:.1f}", (row.macs_left, row.test_accuracy), xytext=(9, -3),
+                        textcoords="offset points", fontsize="small")  # fmt: skip
+        ax.set_xlim(8, 30)
+        ax.set_ylim(top=max(accuracy, published["test_accuracy"].max(), summary["test_mean"].max()) + 0.6)
+        ax.set_xlabel("multiply-adds left, %")
+        ax.set_ylabel("test accuracy, %")
+        ax.set_title(title)
+        figure.legend(loc="outside lower center", ncols=1, frameon=False, fontsize="small")
+    return figure
+
+
 def budget_curves(budgets: pd.DataFrame, original: float, title: str) -> Figure:
     """Validation accuracy against images seen, from none on, and below against seconds; a column for each way of teaching and of choosing widths.
 
@@ -187,11 +221,14 @@ def cliffs(curves: pd.DataFrame, title: str, columns: int = 3) -> Figure:
     ways = list(dict.fromkeys(curves["method"]))
     rows = -(-len(ways) // columns)
     curves = curves[curves["split"] == "val"].assign(x=curves["images"] / 1000, y=100 * curves["value"])
+    measured = curves[curves["metric"].isin(["accuracy", *FOLD_NOW])]["y"]
+    lowest = SMALL if curves["alpha"].isna().all() and measured.min() >= SMALL else 0
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(4.3 * columns, 0.9 + 2.7 * rows), layout="constrained")
         panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
         for ax, way in zip(panels.flat, ways, strict=False):
             _cliff(ax, curves[curves["method"] == way])
+            ax.set_ylim(lowest, 100)
             ax.set_title(fill(way.replace(", distilled", " (distilled)"), 48), fontsize="small")
         for ax in panels.flat[len(ways) :]:
             ax.set_axis_off()
@@ -226,7 +263,8 @@ def _cliff(ax: Axes, own: pd.DataFrame) -> None:
         label = "share of the signal that is wide, mean over layers"
         ax.plot(share["x"], share["y"], color="goldenrod", ls="--", lw=1.2, label=label)
     last = accuracy.iloc[-1]
-    ax.annotate(f"{last['y']:.1f}", (last["x"], last["y"]), xytext=(-3, 5), textcoords="offset points", ha="right",
+    above = 5 if last["y"] < 90 else -14  # within the frame
+    ax.annotate(f"{last['y']:.1f}", (last["x"], last["y"]), xytext=(-3, above), textcoords="offset points", ha="right",
                 fontsize="small", weight="bold")  # fmt: skip
     starts = own.dropna(subset=["alpha"]).groupby(["experiment", "stage", "alpha"], sort=False)["x"].min()
     every = max(-(-len(starts) // MOST_ALPHAS), 1)
@@ -234,7 +272,6 @@ def _cliff(ax: Axes, own: pd.DataFrame) -> None:
         ax.axvline(x, color="#cfd4da", lw=0.8, zorder=0)
         ax.annotate(f"α {alpha:.2g}", (x, 2), xytext=(2, 0), textcoords="offset points",
                     fontsize="xx-small", color="#5a6470")  # fmt: skip
-    ax.set_ylim(0, 100)
 
 
 def share_maps(shares: pd.DataFrame, title: str) -> Figure:

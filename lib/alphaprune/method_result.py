@@ -1,4 +1,4 @@
-"""What a method of a comparison comes to: its last network's costs and scores, measured once and recorded as `final.json`."""
+"""What a method of a comparison comes to: its last network's costs and scores, measured once and recorded as `final.json`, and those of the original."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from alphaprune import data
+from alphaprune import data, pretrained
 from alphaprune.course import FOLD_NOW_RUNNING
 from alphaprune.experiment import Experiment
 from alphaprune.fold import Certificate, fold
 from alphaprune.measure import multiply_adds, parameters
 from alphaprune.methods import final, final_file
 from alphaprune.parallel import ParallelModel
-from alphaprune.records import write_record
+from alphaprune.records import OriginalRecord, read_if_whole, write_record
 from alphaprune.train import evaluate
 
 
@@ -65,14 +65,22 @@ def folded(of: Experiment, images: Tensor) -> tuple[nn.Module, Certificate | Non
 
 
 def of_original(of: Experiment) -> dict[str, float]:
-    """The network that all methods of a comparison begin with: params, macs, and val_accuracy and test_accuracy in percent.
+    """The network that all methods of a comparison begin with: params, macs, and val_accuracy and test_accuracy in percent; measured
+    once and recorded as `original.json` beside its weights, which need not be there any more then.
 
     Args:
         of: the experiment of a preset that the comparison has its settings from.
     """
-    network = of.base_network()
-    val = data.load(of.settings.data).val.first(of.settings.val_images)
-    return _costs(network, of) | {"val_accuracy": 100 * evaluate(network, val)[1]}
+    s = of.settings
+    val = data.load(s.data).val.first(s.val_images)
+    made_of = {"weights_sha256": pretrained.digest(s, of.root), "val_images": len(val)}
+    file = (of.root / s.base).with_name("original.json")
+    content = read_if_whole(file, OriginalRecord)
+    if content is None or any(content[k] != v for k, v in made_of.items()):
+        network = of.base_network()
+        content = _costs(network, of) | {"val_accuracy": 100 * evaluate(network, val)[1]} | made_of
+        write_record(file, content)
+    return {k: content[k] for k in ("params", "macs", "val_accuracy", "test_accuracy")}
 
 
 def _costs(network: nn.Module, of: Experiment) -> dict[str, Any]:

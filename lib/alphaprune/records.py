@@ -125,6 +125,14 @@ class FinalRecord(_Form):
     weights_sha256: Digest | None = None  # that scored so
 
 
+class OriginalRecord(FinalRecord):
+    """`original.json` beside pretrained weights: the same of the network that they are."""
+
+    val_accuracy: Annotated[float, Field(ge=0, le=100)]
+    val_images: Whole
+    weights_sha256: Digest
+
+
 class _Pace(_Form):
     before: Seconds
     an_image: Annotated[float, Field(gt=0, allow_inf_nan=False)]
