@@ -952,6 +952,19 @@ def test_damaged_records_of_published_weights(root, file):
     assert pretrain.published_is_current() and len(pretrain.published())
 
 
+def test_published_weights_that_git_does_not_have_are_shown_from_their_records(root):
+    pretrain = Experiment("smoke", "pretrain", root)
+    before = pretrain.published()
+    shutil.rmtree(root / "results" / "smoke" / "stages" / "pretrain")
+    (root / BASE).unlink()
+    with pytest.warns(UserWarning, match="vgg16.safetensors is missing; what is recorded of it is shown"):
+        assert pretrain.published().equals(before)
+    with (root / "results" / "smoke" / "pretrained" / "history.csv").open("a") as history:
+        history.write("\n")
+    with pytest.raises(UsageError, match="vgg16.safetensors is missing; bring them back"):
+        pretrain.published()
+
+
 def test_an_experiment_that_publishes_nothing_says_so(root):
     for ask in (Experiment.published, Experiment.published_is_current):
         with pytest.raises(UsageError, match="publishes nothing"):

@@ -123,6 +123,17 @@ def test_the_original_is_measured_once_and_then_its_weights_are_not_needed(prepa
         original("controls", "smoke", prepared)
 
 
+def test_what_a_method_ends_in_needs_no_weights_but_its_own(prepared):
+    table = compare("controls", "smoke", prepared, seeds=[0], say=lambda line: None)
+    results = prepared / "results" / "smoke"
+    (results / "pretrained" / "vgg16.safetensors").unlink()
+    for measured in (found := list(results.glob("stages/controls/*/final.json"))):
+        measured.unlink()
+    assert len(found) == 4
+    again = compare("controls", "smoke", prepared, seeds=[0], say=lambda line: None)
+    pd.testing.assert_frame_equal(again, table)
+
+
 def test_ours_and_published_results_are_all_in_the_picture():
     own = pd.DataFrame({"method": ["alphaprune, a"], "macs": [12], "test_mean": [93.4], "test_std": [0.2]})
     others = pd.DataFrame({"name": ["A", "B"], "macs_left": [11.7, 21.4], "test_accuracy": [91.7, 93.8]})

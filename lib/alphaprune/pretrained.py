@@ -80,6 +80,17 @@ def damage(settings: Settings, root: Path) -> str | None:
     return None
 
 
+def is_recorded(settings: Settings, root: Path) -> bool:
+    """Whether record and history are there and whole where the weights themselves are missing, as git may have them."""
+    path = root / settings.base
+    try:
+        content = read_record(path.with_name("run.json"), StageRecord)
+        read_history(path.with_name("history.csv"), sha256=content.get("history_sha256"))
+        return not path.is_file() and content["weights_sha256"] == digest(settings, root)
+    except UsageError:
+        return False
+
+
 def remedy(settings: Settings) -> str:
     """What to do about damaged pretrained weights that nothing here can make good."""
     folder = Path(settings.base).parent.as_posix()

@@ -199,16 +199,24 @@ class Recorded(Stages):
     def published(self) -> pd.DataFrame | None:
         """The history beside the published weights, in the form of `curves`; None if `run` has yet to publish them.
 
+        Where the weights alone are missing, as in git those of large networks are, a warning says so.
+
         Raises:
             UsageError: if weights or records are damaged, and the stage that they were published from is not recorded here.
         """
         folder = self._publishes()
         damage = pretrained.damage(self.settings, self.root)
+        history = folder / "history.csv"
         if damage is None:
-            history = folder / "history.csv"
             return read_history(history).assign(start=0, color=None) if history.is_file() else None
         last = self.stages[-1]
         if self.why(last) is not None or not self.weights(last).is_file():
+            if pretrained.is_recorded(self.settings, self.root):
+                warnings.warn(
+                    f"{damage}; what is recorded of it is shown, and nothing can be trained from it",
+                    stacklevel=2,
+                )
+                return read_history(history).assign(start=0, color=None)
             raise UsageError(f"{damage}; {pretrained.remedy(self.settings)}")
         warnings.warn(f"{damage}; it is published again", stacklevel=2)
         return None

@@ -63,18 +63,15 @@ class StageNetworks:
         return model
 
     def trained(self, node: Node) -> nn.Module:
-        """The model that a stage left, in eval mode: at its alpha, or plain where it has none."""
+        """The model that a stage left, in eval mode: at its alpha, or plain where it has none. No weights but its own are needed."""
         if node.narrowed_at:
-            model = self._narrow(node.narrowed_at)
-            self._load(model, node)
-            return model.eval()
-        if node.stage.alpha is None:
-            model = self._network(node)
-            self._load(model, node)
-            return model.eval()
-        model = self._parallel(node)
+            model = self._narrow(node.narrowed_at, empty=True)
+        elif node.stage.alpha is None:
+            model = self._network(node, empty=True)
+        else:
+            model = self._parallel(node, empty=True)
+            set_alpha(model, node.stage, node.stage.alpha)
         self._load(model, node)
-        set_alpha(model, node.stage, node.stage.alpha)
         return model.eval()
 
     def wide_program(self, node: Node) -> nn.Module:
@@ -96,36 +93,42 @@ class StageNetworks:
                 f"{e}; run the same command again: stage {node.name} is then trained anew"
             ) from None
 
-    def _narrow(self, node: Node) -> nn.Module:
+    # Of what follows, `empty` is a model of the same layers whose weights are to be loaded.
+
+    def _narrow(self, node: Node, empty: bool = False) -> nn.Module:
         """The plain narrow network that a stage with `narrow` begins with."""
         how = node.stage.narrow
         torch.manual_seed(derive_seed(node.key, 0))
         if how.startswith("torch-pruning"):
-            network = self.pretrained(node)
+            network = self._made(node) if empty else self.pretrained(node)
             shares = ratios(node.settings, self.of.root)
             return torch_pruning(network, shares, how.rpartition("-")[2], example_image())
         if isinstance(node.parent, Node) and not node.stage.refit:
-            model = self._parallel(node.parent)
-            self._load(model, node.parent)
+            model = self._parallel(node.parent, empty=empty)
+            if not empty:
+                self._load(model, node.parent)
         else:
-            model = self._parallel(node, fitted=how == "fold")
+            model = self._parallel(node, fitted=how == "fold" and not empty, empty=empty)
         if how == "scratch":
             torch.manual_seed(derive_seed(node.key, 0))
             return from_scratch(model)
         model.alpha = 0.0
         return fold(model)[0]
 
-    def _network(self, node: Node) -> nn.Module:
+    def _network(self, node: Node, empty: bool = False) -> nn.Module:
         """The plain network a stage trains, or that the branches are put beside."""
-        if node.parent == BASE:
+        if node.parent == BASE and not empty:
             return self.pretrained(node)
         torch.manual_seed(derive_seed(node.key, 0))
-        network = NETWORKS[node.settings.network](node.settings.width)
-        if isinstance(node.parent, Node):
+        network = self._made(node)
+        if isinstance(node.parent, Node) and not empty:
             self._load(network, node.parent)
         return network
 
-    def _parallel(self, node: Node, fitted: bool = False) -> ParallelModel | SkipModel:
+    def _made(self, node: Node) -> nn.Module:
+        return NETWORKS[node.settings.network](node.settings.width)
+
+    def _parallel(self, node: Node, fitted: bool = False, empty: bool = False) -> ParallelModel | SkipModel:
         """The model with an alpha around a stage's first ancestor; its branches depend on the seed alone.
 
         `fitted` starts them as the settings' `init` says; without, they wait for weights to be loaded.
@@ -136,7 +139,7 @@ class StageNetworks:
         ):
             first = first.parent
         refitted = first.stage.refit and isinstance(first.parent, Node)
-        network = self.wide_program(first.parent) if refitted else self._network(first)
+        network = self.wide_program(first.parent) if refitted and not empty else self._network(first, empty)
         s = node.settings
         if s.anneal == "skips":
             return SkipModel(network, example_image())
