@@ -961,7 +961,7 @@ def test_published_weights_that_git_does_not_have_are_shown_from_their_records(r
         assert pretrain.published().equals(before)
     with (root / "results" / "smoke" / "pretrained" / "history.csv").open("a") as history:
         history.write("\n")
-    with pytest.raises(UsageError, match="vgg16.safetensors is missing; bring them back"):
+    with pytest.raises(UsageError, match=r"vgg16\.safetensors is missing; bring them back"):
         pretrain.published()
 
 

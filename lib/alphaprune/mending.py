@@ -48,7 +48,9 @@ def mend(of: Recorded, say: Callable[[str], None]) -> None:
             publish(publisher)
             say(f"{damage}; published again from {publisher.folder(last)}")
             return
-    say(f"{damage}; {pretrained.remedy(of.settings)}")
+    # Weights of large networks are not in git. What needs them says so.
+    if not pretrained.is_recorded(of.settings, of.root):
+        say(f"{damage}; {pretrained.remedy(of.settings)}")
 
 
 def remove_leftovers(folder: Path) -> None:
