@@ -18,7 +18,9 @@ from pathlib import Path
 import pandas as pd
 from verify import copy_project, end_at_signals, reproduce
 
-from alphaprune.benchmark import Target, as_line, as_table, measure, measure_gpu, run_once
+from alphaprune.benchmark import measure
+from alphaprune.benchmark_device import measure_gpu
+from alphaprune.benchmark_rows import Target, as_line, as_table, run_once
 from alphaprune.errors import UsageError
 from alphaprune.provenance import provenance
 from alphaprune.storage import write_bytes, write_json

@@ -8,16 +8,14 @@ import pytest
 import torch
 from conftest import ROOT
 
-from alphaprune.benchmark import (
+from alphaprune.benchmark import measure
+from alphaprune.benchmark_device import compiled_on, deployed_on, training_on
+from alphaprune.benchmark_rows import (
     COLUMNS,
     Sizes,
     Target,
     as_line,
     as_table,
-    compiled_on,
-    deployed_on,
-    measure,
-    training_on,
 )
 from alphaprune.measure import multiply_adds
 from alphaprune.models import vgg16
