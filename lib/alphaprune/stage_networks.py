@@ -70,8 +70,9 @@ class StageNetworks:
             model = self._network(node, empty=True)
         else:
             model = self._parallel(node, empty=True)
-            set_alpha(model, node.stage, node.stage.alpha)
         self._load(model, node)
+        if node.stage.alpha is not None:
+            set_alpha(model, node.stage, node.stage.alpha)
         return model.eval()
 
     def wide_program(self, node: Node) -> nn.Module:

@@ -28,6 +28,7 @@ from alphaprune.allocator import keep_freed_memory
 from alphaprune.captured import Gradients
 from alphaprune.data import Split, batches
 from alphaprune.errors import UsageError, shown
+from alphaprune.faulty_kernels import without_them
 from alphaprune.interrupt import SafePoints
 from alphaprune.memory_format import channels_last
 from alphaprune.modes import in_eval_mode
@@ -150,7 +151,7 @@ def fit(
     outcome = state.outcome
     loss_of = Loss(objective or Objective(), model, stepper, teacher, recipe.label_smoothing)
     gradients = Gradients(loss_of, model, trained, accelerator)
-    with SafePoints() as signals:
+    with SafePoints() as signals, without_them(model):
         while not state.finished(recipe):
             seed = state.begin_epoch(key)
             model.train()
