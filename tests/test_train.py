@@ -10,10 +10,12 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from alphaprune import ParallelModel, UsageError, data, train
+from alphaprune.faulty_kernels import without_them
 from alphaprune.interrupt import Interrupted
-from alphaprune.models import VGG
+from alphaprune.models import VGG, resnet20
 from alphaprune.objective import Loss, Objective
 from alphaprune.schedule import falling
 from alphaprune.train import Recipe, derive_seed, evaluate, fit
@@ -424,3 +426,22 @@ def test_evaluating_leaves_each_module_in_the_mode_it_had():
     before = [m.training for m in made.modules()]
     evaluate(made, VAL)
     assert [m.training for m in made.modules()] == before
+
+
+@pytest.mark.parametrize("capability", ["AVX2", "AVX512"])
+@pytest.mark.parametrize(
+    ("read", "stride", "faulty"), [(5, 2, True), (8, 2, False), (1, 2, False), (5, 1, False)]
+)
+def test_a_faulty_kernel_is_gone_around_where_it_is(monkeypatch, capability, read, stride, faulty):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    network = nn.Sequential(nn.Conv2d(read, 11, 1, stride), nn.Conv2d(11, 3, 3, 2))
+    with without_them(network):
+        assert torch.backends.mkldnn.enabled == (not faulty or capability != "AVX2")
+    assert torch.backends.mkldnn.enabled
+
+
+def test_a_faulty_kernel_of_a_narrow_program_is_found(monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    for keep_ratio, faulty in ((0.34375, True), (0.5, False)):  # 16 channels: 5, and 8
+        with without_them(ParallelModel(resnet20(), keep_ratio, torch.randn(2, 3, 32, 32))):
+            assert torch.backends.mkldnn.enabled != faulty
