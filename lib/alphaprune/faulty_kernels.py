@@ -7,7 +7,7 @@ beyond their memory, and the process dies (torch 2.15.0; of twenty shapes tried 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -17,11 +17,17 @@ from alphaprune.parallel import ParallelModel
 CHANNELS = range(2, 8)  # that are read
 
 
-def without_them(model: nn.Module) -> AbstractContextManager:
+@contextmanager
+def without_them(model: nn.Module) -> Iterator[None]:
     """A context in which a model is trained by torch's own kernels where it has such a convolution, and the CPU is such a one."""
-    if torch.backends.cpu.get_cpu_capability() != "AVX2" or not any(n in CHANNELS for n in _read(model)):
-        return nullcontext()
-    return torch.backends.mkldnn.flags(enabled=False)
+    onednn = torch.backends.mkldnn
+    before = onednn.enabled
+    if torch.backends.cpu.get_cpu_capability() == "AVX2" and any(n in CHANNELS for n in _read(model)):
+        onednn.enabled = False
+    try:
+        yield
+    finally:
+        onednn.enabled = before
 
 
 def _read(model: nn.Module) -> Iterator[int]:
