@@ -1,7 +1,7 @@
 """Convolutions that oneDNN must not compute.
 
 On a CPU with AVX2 and nothing newer, the gradients of a convolution of 1 x 1 with stride 2 that reads 2 to 7 channels in channels_last order are written
-beyond their memory, and the process dies (torch 2.15.0; of twenty shapes tried all six such ones, and no other). The shortcuts of a narrow ResNet-20 are such.
+beyond their memory, and the process dies (torch 2.15.0; of 22 shapes tried all eight such ones, and no other). The shortcuts of a narrow ResNet-20 are such.
 """
 
 from __future__ import annotations
