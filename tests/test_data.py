@@ -114,7 +114,7 @@ def test_batches_that_are_made_together_are_the_same(monkeypatch, at_once):
 
 
 def test_an_augmentation_that_there_is_not_is_refused():
-    with pytest.raises(UsageError, match="augment is 'mixup'; use crop or trivial"):
+    with pytest.raises(UsageError, match="augment is 'mixup'; use crop, mirror, trivial"):
         next(data.batches(data.load("sample").val, 8, torch.Generator(), "mixup"))
 
 

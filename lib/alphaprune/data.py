@@ -157,7 +157,7 @@ def batches(
             1/2 and cropped at random out of its zero-padded self, and a last incomplete batch is left out unless it
             is the only one. All that an epoch draws is drawn before its first batch. Without, the images come in
             order, as they are, all of them.
-        augment: "trivial" makes a random change of TrivialAugment (Müller and Hutter, 2021) before that, the same one
+        augment: "mirror" leaves the cropping out; "trivial" makes a random change of TrivialAugment (Müller and Hutter, 2021) before that, the same one
             to each `ALIKE` images drawn from the whole epoch, so that a GPU is given few operations and a batch has many.
 
     Yields:
@@ -167,7 +167,7 @@ def batches(
         UsageError: if there is no such augmentation.
     """
     if augment not in get_args(Augment):
-        raise UsageError(f"augment is {augment!r}; use {' or '.join(get_args(Augment))}")
+        raise UsageError(f"augment is {augment!r}; use {', '.join(get_args(Augment))}")
     device, size = split.images.device, len(split)
     mean = torch.tensor(split.mean, device=device).view(1, 3, 1, 1) * 255
     std = torch.tensor(split.std, device=device).view(1, 3, 1, 1) * 255
@@ -176,6 +176,8 @@ def batches(
     else:
         index = torch.randperm(size, generator=generator)[: max(size // batch_size, 1) * batch_size]
         moves = _drawn(index, batch_size, generator).to(device)
+        if augment == "mirror":
+            moves[:2] = PADDING  # top and left: the image's own place in the padded one
     # On the device before the first batch: within the loop a GPU is never waited for.
     index = index.to(device)
     if generator is not None and augment == "trivial":

@@ -97,6 +97,8 @@ def identified(
     recipe = asdict(settings.recipe(stage))
     if recipe["augment"] == "crop":  # likewise
         del recipe["augment"], recipe["augment_until"]
+    elif recipe["augment"] == "mirror":
+        del recipe["augment_until"]
     else:
         recipe["trivial_version"] = TRIVIAL_VERSION
     determines = {

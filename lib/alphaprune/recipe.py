@@ -15,7 +15,7 @@ RIDGE = 1e-4  # of least squares, where no other is asked for: as close a fit as
 LARGEST_RIDGE = 1e6  # beside which any fit is plain selection
 TRIVIAL_VERSION = 2  # part of the identity of every stage that trains with it, likewise
 Draw = Literal["fixed", "bernoulli", "uniform"]
-Augment = Literal["crop", "trivial"]
+Augment = Literal["crop", "mirror", "trivial"]
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Recipe:
         batch_size: images a step.
         momentum, weight_decay: of SGD.
         label_smoothing: of the cross entropy.
-        augment: "crop" flips and crops the training images; "trivial" makes a change of TrivialAugment to each before that.
+        augment: "crop" flips and crops the training images; "mirror" flips them alone; "trivial" makes a change of TrivialAugment to each before that.
         augment_until: share of the epochs in which "trivial" does so, in (0, 1]; in the last ones images are mirrored and cropped alone, which
             is nearer to those that are judged (He et al., Data augmentation revisited, 2019).
         log_every: steps between two rows of training accuracy.

@@ -265,7 +265,7 @@ class Settings(_Strict):
 
     @model_validator(mode="after")
     def _augment_ends(self) -> Settings:
-        if self.augment_until != 1 and (self.augment == "crop" or self.lr_schedule != "one_cycle"):
+        if self.augment_until != 1 and (self.augment != "trivial" or self.lr_schedule != "one_cycle"):
             raise ValueError(
                 "augment_until is for augment: trivial and lr_schedule: one_cycle; set both, or leave it out"
             )
