@@ -22,14 +22,14 @@ from alphaprune.trace import MIXING_LAYERS, Trace
 # Of the channels there are: a tenth more costs a fifth more multiply-adds where both sides of a layer grow. 22 to 24 pays, 33 to 40
 # does not (full-width VGG-16, AVX2, two threads: 6 % faster, 7 % slower).
 MOST = 0.1
-_BATCHNORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+_A_NUMBER_EACH = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.PReLU)
 _SAFE = (Rule.ELEMENTWISE, Rule.SPATIAL, Rule.REDUCTION, Rule.RESHAPING)
 
 Space = tuple[int, ...]  # roots of the channels of a tensor, in their order
 
 
 @torch.no_grad()
-def pad_channels(traced: Trace, multiple: int) -> int:
+def pad_channels(traced: Trace, multiple: int) -> None:
     """Fill layers up with channels of zeros, in place, where all that they meet can take them.
 
     Left as they are: channels that reach the output or an input, that a concatenation joins with others, that are divided into
@@ -38,16 +38,13 @@ def pad_channels(traced: Trace, multiple: int) -> int:
     Args:
         traced: the network, in eval mode; its layers are changed, its graphs stay.
         multiple: of channels, 1 or more.
-
-    Returns:
-        How many channels were added, summed over the convolutions and linear layers.
     """
     if multiple == 1:
-        return 0
+        return
     try:
         structure = read(traced)
     except UsageError:  # nothing to narrow is nothing to fill up
-        return 0
+        return
     added = _added(structure, multiple)
     for m in structure.layers():
         gives, reads = (added.get(_space(structure, ids), 0) for ids in (m.ids, _read(m)))
@@ -56,7 +53,6 @@ def pad_channels(traced: Trace, multiple: int) -> int:
     for c in {c.key: c for c in structure.channel_layers.values() if not c.is_parameter}.values():
         if extra := added.get(_space(structure, c.ids), 0):
             _pad_channel_layer(traced.network.get_submodule(c.name), extra)
-    return sum(added.get(_space(structure, m.ids), 0) for m in structure.layers())
 
 
 def _read(m: Mixer) -> Tensor | None:
@@ -113,7 +109,7 @@ def _takes(structure: Structure, node: fx.Node) -> bool:
         return module is not None and m.groups == 1
     if isinstance(structure.channel_layers.get(node.name), ChannelLayer):
         depthwise = isinstance(module, MIXING_LAYERS) and module.out_channels == module.in_channels
-        return depthwise or isinstance(module, _BATCHNORMS)
+        return depthwise or isinstance(module, _A_NUMBER_EACH)
     return rule_of(node, module) in _SAFE
 
 
@@ -131,12 +127,12 @@ def _pad_mixer(layer: nn.Module, m: Mixer, gives: int, reads: int) -> None:
 
 
 def _pad_channel_layer(layer: nn.Module, extra: int) -> None:
-    """A BatchNorm that gives zeros there, a depthwise convolution that does."""
+    """A BatchNorm, depthwise convolution or PReLU that gives zeros there."""
     for tensors in (layer._parameters, layer._buffers):
         for name, t in tensors.items():
             if t is not None and t.dim() > 0:
                 tensors[name] = _longer(t, 0, extra, 1.0 if name == "running_var" else 0.0)
-    for name in ("num_features", "in_channels", "out_channels", "groups"):
+    for name in ("num_features", "num_parameters", "in_channels", "out_channels", "groups"):
         if hasattr(layer, name):
             setattr(layer, name, getattr(layer, name) + extra)
 
