@@ -41,18 +41,23 @@ ifeq ($(filter $(PRESET),$(PRESETS)),)
 $(error preset '$(PRESET)' is unknown; there are: $(PRESETS))
 endif
 
-.PHONY: best rounded pace verify audit benchmark benchmark-gpu benchmark-check skips own-network coverage cliff controls unfinished time-and-memory how-cost-grows why test-faults FORCE
+.PHONY: best rounded mirrored pace verify audit benchmark benchmark-gpu benchmark-check skips own-network coverage cliff controls unfinished time-and-memory how-cost-grows why test-faults FORCE
 .PHONY: reproduce-figures figures html pretrain experiments data lab test environment lock clean help $(EXPERIMENTS) pruned
 
+MAKES := $(filter-out environment lock data lab test clean help why verify audit benchmark benchmark-gpu benchmark-check test-faults coverage,$(or $(MAKECMDGOALS),all))
+ifneq ($(MAKES),)
 # Before make decides what is old: what is not as it was written counts as old too, and is named.
 ifneq ($(and $(wildcard $(READY)),$(wildcard $(R)/notebooks)),)
-ifneq ($(filter-out environment lock data lab test clean help why verify audit benchmark benchmark-gpu benchmark-check test-faults coverage,$(or $(MAKECMDGOALS),all)),)
 DAMAGED := $(shell $(BIN)/python notebooks/seals.py $(R))
 endif
+# When this call began: pages that are newer were made by it.
+BEGUN := $(H)/begun
+$(shell mkdir -p $(H); touch $(BEGUN))
 endif
+done = @for page in $(1); do [ $$page -nt $(BEGUN) ] && { echo "Done."; exit; }; done; echo "Nothing to do: everything is up to date."
 
 reproduce-figures: $(R)/report.html $(PAGES)
-	@if [ -e $(R)/.changed ]; then rm -f $(R)/.changed; echo "Done."; else echo "Nothing to do: everything is up to date."; fi
+	$(call done,$^)
 	@echo "Report:    $(R)/report.html"
 	@echo "Figures:   $(R)/figures/"
 	@echo "Scorecard: $(R)/scorecard.csv"
@@ -71,6 +76,7 @@ help:
 	@echo "make pace                seconds of each method of make controls, one after another, to compare them by time"
 	@echo "make best                the recipe that does best, with three seeds, folded and saved"
 	@echo "make rounded             what channel counts in multiples of 4 cost in accuracy"
+	@echo "make mirrored            what cropping the training images costs the narrowest networks"
 	@echo "make unfinished          what frees the models that Figures 1 to 3 left unfinished"
 	@echo "make time-and-memory     original and pruned networks: latency, throughput, memory, what to deploy with"
 	@echo "make how-cost-grows      a training step against width, keep_ratio, depth and image size"
@@ -129,7 +135,6 @@ pruned: $(R)/notebooks/pruned.ipynb
 
 $(R)/notebooks/pretrain.ipynb: $(H)/notebooks/01_pretraining.ipynb $(H)/params/$(PRESET)/pretrain.yaml $(H)/params/$(PRESET)/preset.yaml | $(READY) $(DATA)
 	@$(RUN) $(<:$(H)/%=%) $@ -f params/$(PRESET)/pretrain.yaml
-	@touch $(R)/.changed
 
 pretrain: | $(READY) $(DATA)
 	@$(RUN) notebooks/01_pretraining.ipynb $(R)/notebooks/pretrain.ipynb -f params/$(PRESET)/pretrain.yaml -p again true
@@ -138,13 +143,11 @@ $(foreach e,$(EXPERIMENTS),$(R)/notebooks/$(e).ipynb): $(R)/notebooks/%.ipynb: $
     $(H)/params/$(PRESET)/%.yaml $(H)/params/report/%.yaml $(H)/params/$(PRESET)/preset.yaml $(LIBRARY) \
     $(R)/notebooks/pretrain.ipynb $(call inputs,$(wildcard $(R)/pretrained/*.sha256))
 	@$(RUN) $(<:$(H)/%=%) $@ -f params/$(PRESET)/$*.yaml
-	@touch $(R)/.changed
 
 $(foreach e,fig1 section21 fig2 fig3,$(R)/notebooks/$(e).ipynb): $(R)/notebooks/week_before.ipynb
 
 $(R)/notebooks/pruned.ipynb: $(H)/notebooks/03_fold_and_verify.ipynb $(H)/params/$(PRESET)/pruned.yaml $(H)/params/report/pruned.yaml $(R)/notebooks/fig4.ipynb
 	@$(RUN) $(<:$(H)/%=%) $@ -f params/$(PRESET)/pruned.yaml
-	@touch $(R)/.changed
 
 why: | $(READY)
 	@$(BIN)/python -m alphaprune.experiment --why $(wildcard $(foreach e,pretrain $(EXPERIMENTS) pretrain_resnet20 resnet20_narrow resnet20_plain unfinished adaptive,params/$(PRESET)/$(e).yaml))
@@ -153,6 +156,7 @@ ifneq ($(PRESET),gpu)
 	@$(BIN)/python -m alphaprune.comparison controls $(PRESET) --why
 	@$(BIN)/python -m alphaprune.comparison controls $(PRESET) --budgets --why
 	@$(BIN)/python -m alphaprune.comparison rounded $(PRESET) --why
+	@$(BIN)/python -m alphaprune.comparison mirrored $(PRESET) --why
 endif
 ifeq ($(PRESET),report)
 	@$(BIN)/python -m alphaprune.comparison full_size $(PRESET) --why
@@ -165,34 +169,33 @@ params/gpu/%.yaml params/own_network/gpu%yaml:
 # ---- beyond the report: notebooks of their own
 
 skips: $(R)/html/skips.html
+	$(call done,$<)
 	@echo "Page:      $<"
 $(R)/notebooks/pretrain_resnet20.ipynb: $(H)/notebooks/01_pretraining.ipynb $(H)/params/$(PRESET)/pretrain_resnet20.yaml $(H)/params/$(PRESET)/preset.yaml | $(READY) $(DATA)
 	@$(RUN) $(<:$(H)/%=%) $@ -f params/$(PRESET)/pretrain_resnet20.yaml
-	@touch $(R)/.changed
 
 $(R)/notebooks/skips.ipynb: $(H)/notebooks/06_skip_connections.ipynb $(LIBRARY) $(H)/params/$(PRESET)/preset.yaml \
     $(foreach e,resnet20_narrow resnet20_plain,$(H)/params/$(PRESET)/$(e).yaml $(H)/params/report/$(e).yaml) $(R)/notebooks/pruned.ipynb $(R)/notebooks/pretrain_resnet20.ipynb
 	@$(RUN) $(<:$(H)/%=%) $@ -p preset $(PRESET)
-	@touch $(R)/.changed
 
 own-network: $(R)/html/own_network.html
+	$(call done,$<)
 	@echo "Page:      $<"
 $(R)/notebooks/own_network.ipynb: $(H)/notebooks/07_your_own_network.ipynb $(H)/params/own_network/$(PRESET).yaml $(LIBRARY) | $(READY) $(DATA)
 	@$(RUN) $(<:$(H)/%=%) $@ -f params/own_network/$(PRESET).yaml
-	@touch $(R)/.changed
 
 cliff: $(R)/html/cliff.html
+	$(call done,$<)
 	@echo "Page:      $<"
 $(R)/notebooks/cliff.ipynb: $(H)/notebooks/08_the_cliff.ipynb $(H)/params/cliff.yaml $(foreach e,cliff adaptive,$(H)/params/$(PRESET)/$(e).yaml) $(H)/params/$(PRESET)/preset.yaml $(LIBRARY) $(R)/notebooks/pretrain.ipynb
 	@$(RUN) $(<:$(H)/%=%) $@ -p preset $(PRESET) -p jobs $(JOBS)
-	@touch $(R)/.changed
 
 controls: $(R)/html/controls.html
+	$(call done,$<)
 	@echo "Page:      $<"
 $(R)/notebooks/controls.ipynb: $(H)/notebooks/09_controls.ipynb $(H)/params/controls.yaml $(H)/params/published.yaml $(H)/params/$(PRESET)/controls.yaml $(H)/params/$(PRESET)/preset.yaml $(LIBRARY) $(R)/notebooks/pretrain.ipynb \
     $(call inputs,$(wildcard $(R)/pace/controls.json))
 	@$(RUN) $(<:$(H)/%=%) $@ -p preset $(PRESET) -p jobs $(JOBS)
-	@touch $(R)/.changed
 
 ifneq ($(filter pace,$(MAKECMDGOALS)),)
 .NOTPARALLEL: # what ran beside it would be measured too
@@ -201,6 +204,7 @@ pace: $(H)/params/$(PRESET)/controls.yaml $(R)/notebooks/pretrain.ipynb
 	@$(BIN)/python -m alphaprune.pace controls $(PRESET)
 
 best: $(R)/html/best.html
+	$(call done,$<)
 	@echo "Page:      $<"
 	@echo "Network:   $(R)/best/"
 # Of the whole network, on all images, another one.
@@ -209,35 +213,41 @@ BEST := $(if $(filter report,$(PRESET)),full_size,controls)
 $(R)/notebooks/best.ipynb: $(H)/notebooks/13_best_recipe.ipynb $(H)/params/$(BEST).yaml $(H)/params/$(PRESET)/$(BEST).yaml $(H)/params/$(PRESET)/preset.yaml $(LIBRARY) $(R)/notebooks/pretrain.ipynb \
     | $(if $(filter controls,$(MAKECMDGOALS)),$(R)/notebooks/controls.ipynb)
 	@$(RUN) $(<:$(H)/%=%) $@ -p preset $(PRESET) -p jobs $(JOBS) $(if $(filter full_size,$(BEST)),-p comparison full_size -p method '$(FULL_SIZE)')
-	@touch $(R)/.changed
 
 rounded: $(R)/html/rounded.html
+	$(call done,$<)
 	@echo "Page:      $<"
 $(R)/notebooks/rounded.ipynb: $(H)/notebooks/14_what_rounding_costs.ipynb $(foreach e,controls rounded,$(H)/params/$(e).yaml $(H)/params/$(PRESET)/$(e).yaml) $(H)/params/$(PRESET)/preset.yaml $(LIBRARY) $(R)/notebooks/pretrain.ipynb \
     | $(foreach e,controls best,$(if $(filter $(e),$(MAKECMDGOALS)),$(R)/notebooks/$(e).ipynb))
 	@$(RUN) $(<:$(H)/%=%) $@ -p preset $(PRESET) -p jobs $(JOBS)
-	@touch $(R)/.changed
+
+mirrored: $(R)/html/mirrored.html
+	$(call done,$<)
+	@echo "Page:      $<"
+$(R)/notebooks/mirrored.ipynb: $(H)/notebooks/15_what_cropping_costs.ipynb $(foreach e,controls mirrored,$(H)/params/$(e).yaml $(H)/params/$(PRESET)/$(e).yaml) $(H)/params/$(PRESET)/preset.yaml $(LIBRARY) $(R)/notebooks/pretrain.ipynb \
+    | $(foreach e,controls best rounded,$(if $(filter $(e),$(MAKECMDGOALS)),$(R)/notebooks/$(e).ipynb))
+	@$(RUN) $(<:$(H)/%=%) $@ -p preset $(PRESET) -p jobs $(JOBS)
 
 unfinished: $(R)/html/unfinished.html
+	$(call done,$<)
 	@echo "Page:      $<"
 $(R)/notebooks/unfinished.ipynb: $(H)/notebooks/10_unfinished_models.ipynb $(H)/params/$(PRESET)/unfinished.yaml $(H)/params/report/unfinished.yaml $(foreach e,fig1 fig2 fig3,$(R)/notebooks/$(e).ipynb)
 	@$(RUN) $(<:$(H)/%=%) $@ -p preset $(PRESET)
-	@touch $(R)/.changed
 
 # Two that measure time would measure each other: asked for together, one waits for the other. Memory is measured as a network has it
 # that no Makefile started.
 time-and-memory: $(R)/html/time_and_memory.html
+	$(call done,$<)
 	@echo "Page:      $<"
 $(R)/notebooks/time_and_memory.ipynb: $(H)/notebooks/11_time_and_memory.ipynb $(H)/params/$(PRESET)/time_and_memory.yaml $(H)/params/$(PRESET)/controls.yaml $(H)/params/$(PRESET)/preset.yaml $(LIBRARY) $(R)/notebooks/pruned.ipynb
 	@GLIBC_TUNABLES= $(RUN) $(<:$(H)/%=%) $@ -f params/$(PRESET)/time_and_memory.yaml
-	@touch $(R)/.changed
 
 how-cost-grows: $(R)/html/how_cost_grows.html
+	$(call done,$<)
 	@echo "Page:      $<"
 $(R)/notebooks/how_cost_grows.ipynb: $(H)/notebooks/12_how_cost_grows.ipynb $(H)/params/$(PRESET)/how_cost_grows.yaml $(LIBRARY) \
     | $(READY) $(if $(filter time-and-memory,$(MAKECMDGOALS)),$(R)/notebooks/time_and_memory.ipynb)
 	@GLIBC_TUNABLES= $(RUN) $(<:$(H)/%=%) $@ -f params/$(PRESET)/how_cost_grows.yaml
-	@touch $(R)/.changed
 
 coverage: | $(READY)
 	$(BIN)/python docs/coverage.py
@@ -248,20 +258,16 @@ figures: $(R)/notebooks/figures.ipynb
 	@echo "Figures:   $(R)/figures/"
 $(R)/notebooks/figures.ipynb: $(H)/notebooks/04_figures.ipynb $(H)/params/claims.yaml $(foreach e,$(EXPERIMENTS),$(R)/notebooks/$(e).ipynb)
 	@$(RUN) $(<:$(H)/%=%) $@ -p preset $(PRESET)
-	@touch $(R)/.changed
 
 $(R)/notebooks/report.ipynb: $(H)/notebooks/05_report.ipynb $(H)/params/claims.yaml $(R)/notebooks/figures.ipynb $(R)/notebooks/pruned.ipynb
 	@$(RUN) $(<:$(H)/%=%) $@ -p preset $(PRESET)
-	@touch $(R)/.changed
 
 html: $(R)/report.html $(PAGES)
 	@echo "Pages:     $(R)/html/"
 $(R)/html/%.html: $(R)/notebooks/%.ipynb $(call inputs,notebooks/export.py notebooks/sanitise.py $(wildcard notebooks/offline/*))
 	@$(BIN)/python notebooks/export.py $< $@ --seal $(R)
-	@touch $(R)/.changed
 $(R)/report.html: $(R)/notebooks/report.ipynb $(call inputs,notebooks/export.py notebooks/sanitise.py $(wildcard notebooks/offline/*))
 	@$(BIN)/python notebooks/export.py $< $@ --no-code --seal $(R)
-	@touch $(R)/.changed
 
 # ---- people and checks
 
@@ -294,6 +300,6 @@ audit: | $(READY)
 	@$(BIN)/python notebooks/audit.py requirements.lock
 
 # What is compared took hours, and is what the tables beside it say.
-COMPARED := $(addprefix $(R)/stages/,controls cliff adaptive rounded unfinished full_size) $(if $(filter gpu,$(PRESET)),$(wildcard $(R)/stages/*))
+COMPARED := $(addprefix $(R)/stages/,controls cliff adaptive rounded mirrored unfinished full_size) $(if $(filter gpu,$(PRESET)),$(wildcard $(R)/stages/*))
 clean:
 	rm -rf $(R)/.inputs $(R)/.seals $(R)/notebooks $(R)/html $(R)/figures $(filter-out $(COMPARED),$(wildcard $(R)/stages/*)) $(R)/bundle $(R)/own_images $(R)/report.html $(R)/scorecard.csv

@@ -41,6 +41,7 @@ def blocks() -> dict[str, str]:
         "one ratio": _one(one),
         "all": _all(rows),
         "aims": _aims(rows),
+        "mirrored": _mirrored(rows),
         "course": _course(),
         "cliff": _cliff(),
         "budgets": _budgets(),
@@ -114,6 +115,38 @@ def _aims(rows: pd.DataFrame) -> str:
     half = "at most half of what the report's recipe loses"
     lines.append([half, *(_reached(f"{share[r]:.1f} %", share[r] <= 50) for r in RATIOS)])
     return _table(["aim", *map(str, RATIOS)], lines)
+
+
+def _mirrored(cropped: pd.DataFrame) -> str:
+    """Images that are not cropped, beside the same methods with those that are; last what is lost, as a share of what the report's recipe loses."""
+    rows = summary(pd.read_csv(RESULTS / "mirrored.csv"))
+    rows["beside"] = rows["method"].str.replace(", mirrored", "")
+    before = original("mirrored", "quick", ROOT)["test_accuracy"]
+    pairs = rows.merge(cropped, left_on=["beside", "keep_ratio"], right_on=["method", "keep_ratio"])
+    report = pairs[pairs["beside"] == "report's recipe"].set_index("keep_ratio")
+    lines = []
+    for _, p in pairs.sort_values("test_mean_x", ascending=False).iterrows():
+        of_report = report.loc[p["keep_ratio"]]
+        shares = (
+            f"{100 * (before - p[mine]) / (before - of_report[theirs]):.1f} %"
+            for mine, theirs in (
+                ("test_mean_y", "test_mean_y"),
+                ("test_mean_x", "test_mean_x"),
+                ("test_mean_x", "test_mean_y"),
+            )
+        )
+        accuracies = (f"{p[f'test_mean_{s}']:.2f} ± {p[f'test_std_{s}']:.2f}" for s in "yx")
+        rates = f"{p['lr_y']:g}, {p['lr_x']:g}"
+        lines.append(
+            [p["beside"], *accuracies, f"{p['test_mean_x'] - p['test_mean_y']:+.2f}", rates, *shares]
+        )
+    head = ["method", "cropped", "mirrored alone", "gain", "rates"]
+    of_loss = [
+        "share of the report's loss, both cropped",
+        "both mirrored alone",
+        "mirrored, the report's cropped",
+    ]
+    return _table([*head, *of_loss], lines)
 
 
 def _reached(text: str, holds: bool) -> str:

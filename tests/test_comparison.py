@@ -153,7 +153,9 @@ def test_why_names_what_would_be_trained_and_what_changed(prepared, capsys, monk
         return dict(line.split(": ", 1) for line in lines)
 
     assert why()[one] == "lr 0.02 is to be tried at keep_ratio 0.5: stage-0 not recorded yet"
-    assert list(why(one, "scratch")) == [one, "scratch"]
+    assert why(one, "scratch") == {
+        "each of 2 methods": "lr 0.02 is to be tried at keep_ratio 0.5: stage-0 not recorded yet"
+    }
     compare("controls", "smoke", prepared, [one], seeds=[0], say=lambda line: None)
     capsys.readouterr()
     said = why()

@@ -37,10 +37,15 @@ def trimmed(whole_project):
             "report's recipe",
         ),
         "rounded": ("alphaprune, annealed, multiples of 4, distilled",),
+        "mirrored": (
+            "alphaprune, annealed, mirrored, widths by sensitivity, distilled",
+            "report's recipe, mirrored",
+        ),
     }
     fewer = {
         "cliff": {},
         "rounded": {"seeds": [0, 1]},
+        "mirrored": {"seeds": [0, 1], "keep_ratios": [0.34375]},
         "controls": {"seeds": [0, 1], "keep_ratios": [0.5, 0.34375], "budgets": [0.5]},
     }
     for name, methods in chosen.items():
@@ -139,6 +144,26 @@ def test_rounded_widths(trimmed):
         (ours % 4 == 0).all() and (ours <= channels["original"]).all() and (ours < channels["original"]).any()
     )
     assert (results / "figures" / "rounded.png").is_file()
+
+
+def test_images_that_are_not_cropped(trimmed):
+    done = make(trimmed, "mirrored")
+    assert done.returncode == 0, done.stderr[-2000:]
+    results = trimmed / "results" / "smoke"
+    mirrored, beside = (pd.read_csv(results / f"{name}.csv") for name in ("mirrored", "controls"))
+    beside = beside[beside["method"].isin(mirrored["method"].str.replace(", mirrored", ""))]
+    beside = beside[beside["keep_ratio"] == 0.34375]
+    assert len(mirrored) == len(beside) == 4
+    assert sorted(mirrored["macs"]) == sorted(beside["macs"])
+    augmented = {
+        json.loads(f.read_text())["determines"]["recipe"].get("augment")
+        for f in (results / "stages" / "mirrored").glob("*/run.json")
+    }
+    assert augmented == {"mirror"}
+    assert (results / "figures" / "mirrored.png").is_file()
+    page = (results / "html" / "mirrored.html").read_text()
+    assert "of the loss of report" in page and "100.0 %" in page
+    assert make(trimmed, "mirrored").stdout.startswith("Nothing to do: everything is up to date.")
 
 
 def test_unfinished_models(trimmed):

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -111,6 +112,20 @@ def test_batches_that_are_made_together_are_the_same(monkeypatch, at_once):
         assert [len(y) for _, y in found] == [len(y) for _, y in expected]
         for (images, labels), (same_images, same_labels) in zip(found, expected, strict=True):
             assert torch.equal(images, same_images) and torch.equal(labels, same_labels)
+
+
+def test_mirrored_images_are_the_same_as_cropped_ones_but_in_their_place():
+    split = data.load("sample").train.first(8)
+    seeded = lambda: torch.Generator().manual_seed(1)  # noqa: E731
+    ((cropped, labels),) = data.batches(split, 8, seeded())
+    ((mirrored, same),) = data.batches(split, 8, seeded(), "mirror")
+    order = torch.randperm(8, generator=seeded())
+    ((plain, _),) = data.batches(replace(split, images=split.images[order], labels=split.labels[order]), 8)
+    turned = [not torch.equal(a, b) for a, b in zip(mirrored, plain, strict=True)]
+    assert 0 < sum(turned) < 8 and torch.equal(labels, same)
+    for image, as_it_is, flipped in zip(mirrored, plain, turned, strict=True):
+        assert torch.equal(image, as_it_is.flip(-1) if flipped else as_it_is)
+    assert not torch.equal(cropped, mirrored)
 
 
 def test_an_augmentation_that_there_is_not_is_refused():

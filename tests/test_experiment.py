@@ -236,6 +236,8 @@ def test_only_another_augmentation_is_part_of_the_identity(small):
     assert not own & set(node().determines["recipe"]) and own <= set(node(**trivial).determines["recipe"])
     found = [node(**g).identity for g in ({}, {"augment": "crop"}, trivial, trivial | {"augment_until": 0.5})]
     assert found[0] == found[1] and len(set(found)) == 3
+    mirrored = node(augment="mirror")
+    assert own & set(mirrored.determines["recipe"]) == {"augment"} and mirrored.identity not in found
 
 
 def test_figures_of_another_seed_have_another_name(small):
@@ -384,7 +386,7 @@ def test_an_adaptive_schedule_ends_at_0_and_goes_on_where_it_stopped(small):
         small, [{"name": "start", "alpha": 1.0, "lr": 0.01, "from": "base"}], adaptive=adaptive, folds="best"
     )
     experiment, history, lines = run(small)
-    assert "1 stages to train and those that follow from them" in lines[0]
+    assert "1 stage to train and those that follow from them" in lines[0]
     summary = experiment.summary()
     assert summary["alpha"].iloc[-1] == 0 and summary["stage"].iloc[1] == "try01-a0.5"
     last = experiment.folder(experiment.stages[-1]) / "run.json"

@@ -250,4 +250,4 @@ def test_pretrain_trains_anew(reproduced):
     before, content = record.stat().st_mtime_ns, weights.read_bytes()
     done = make(reproduced[0], "pretrain")
     assert record.stat().st_mtime_ns > before and weights.read_bytes() == content
-    assert done.returncode == 0 and "[pretrain] 1 stages to train, 0 already recorded" in done.stdout
+    assert done.returncode == 0 and "[pretrain] 1 stage to train, 0 already recorded" in done.stdout

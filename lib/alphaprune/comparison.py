@@ -215,7 +215,8 @@ def compare(
 
     def found(method: _Method, ratio: float, result: tuple[float, str]) -> None:
         rates[method, ratio] = lr, searched = result
-        said = f"{method.method}, keep_ratio {ratio:g}: {lr:g}, the best of {searched}"
+        of = f"the best of {searched}" if " " in searched else "not searched"
+        said = f"{method.method}, keep_ratio {ratio:g}: {lr:g}, {of}"
         say(f"[rate {len(rates)}/{searches}] {said}")
         if ratio == first:
             for other in ratios:
@@ -272,15 +273,18 @@ def reasons(
     seeds: Sequence[int] = (),
     budgets: bool = False,
 ) -> list[str]:
-    """What `compare` would train, and why: a line a method; arguments as of `compare`."""
+    """What `compare` would train, and why: a line a method, or one for all of which the same is to be said; arguments as of `compare`."""
     root = root or project_root()
     plan = load_comparison(name, root)
     ratios, seeds = _runs(plan, keep_ratios, seeds, budgets)
-    lines, what = [], f"{name} --budgets" if budgets else name
+    what = f"{name} --budgets" if budgets else name
+    said: dict[str, str] = {}
     for method in _chosen(name, preset, root, methods):
         sizes = [1.0, *method.further(plan.budgets)] if budgets else [1.0]
-        lines.append(f"{what}, {method.method}: {method.reason(plan, ratios, seeds, sizes)}")
-    return lines
+        said[method.method] = method.reason(plan, ratios, seeds, sizes)
+    if len(said) > 1 and len(set(said.values())) == 1:
+        said = {f"each of {len(said)} methods": next(iter(said.values()))}
+    return [f"{what}, {of}: {reason}" for of, reason in said.items()]
 
 
 def _runs(

@@ -93,7 +93,8 @@ class Experiment(Recorded):
         to_run = self._to_run(weights)
         recorded = len([n for n in self.stages if n.name not in to_run])
         more = " and those that follow from them" if self.settings.adaptive and to_run else ""
-        say(f"[{self.settings.experiment}] {len(to_run)} stages to train{more}, {recorded} already recorded")
+        stages = f"{len(to_run)} stage{'s' * (len(to_run) != 1)}"
+        say(f"[{self.settings.experiment}] {stages} to train{more}, {recorded} already recorded")
         while to_run:
             self._train(list(to_run.values()), say)
             self._grow()
@@ -120,7 +121,9 @@ class Experiment(Recorded):
             else f"{names[0]}: {NOT_RECORDED}"
             for experiment, names in new.items()
         ]
-        return lines or [f"{self.settings.experiment}: all {len(self.stages)} stages are recorded"]
+        count = len(self.stages)
+        all_of_them = f"all {count} stages are" if count > 1 else "its stage is"
+        return lines or [f"{self.settings.experiment}: {all_of_them} recorded"]
 
     def _to_run(self, weights: bool = False) -> dict[str, Node]:
         last = self.stages[-1] if weights else None
@@ -209,6 +212,7 @@ def _given(items: list[str]) -> dict[str, Any]:
 
 def _run_all(files: list[Path], given: dict[str, Any], only_why: bool) -> None:
     said: list[str] = []
+    waiting: dict[str, list[str]] = {}  # experiments by what they cannot begin without
     for file in files:
         preset, name, root = of_file(file)
         try:
@@ -216,7 +220,7 @@ def _run_all(files: list[Path], given: dict[str, Any], only_why: bool) -> None:
         except Missing as e:
             if not only_why:
                 raise
-            print(f"{name}: all stages, once there is what they start from: {e}")
+            waiting.setdefault(str(e), []).append(name)
             continue
         if only_why:
             new = [line for line in experiment.reasons() if line not in said]  # a parent of several
@@ -225,6 +229,8 @@ def _run_all(files: list[Path], given: dict[str, Any], only_why: bool) -> None:
             continue
         experiment.run(lambda line: print(line, flush=True))
         print(experiment.summary().to_string(index=False, float_format="{:.4g}".format))
+    for what, names in waiting.items():
+        print(f"{', '.join(names)}: all stages, once there is what they start from: {what}")
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -18,6 +18,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
 from alphaprune.course import FOLD_NOW, FOLD_NOW_AT_END
 from alphaprune.storage import write_bytes
@@ -37,7 +38,7 @@ LIGHT, DARK = "#b9c0c8", "#3d4650"  # ends of the greys of stages to which the r
 def stage_curves(curves: pd.DataFrame, title: str, fold_now: bool = False) -> Figure:
     """Training and validation accuracy over steps, one curve a stage.
 
-    The scale starts at 0 and ends at 100 %, so that figures can be laid side by side.
+    The scale goes from 0 to 100 %, so that figures can be laid side by side.
 
     Args:
         curves: columns experiment, stage, alpha, lr, color (None: a grey, or where no stage has one, shades from dark to light), start (step at which the stage's curve begins),
@@ -89,6 +90,8 @@ def stage_curves(curves: pd.DataFrame, title: str, fold_now: bool = False) -> Fi
         axes[0].set_ylabel("accuracy, %")
         for ax in axes:
             ax.set_xlabel("training step")
+            ax.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
+            ax.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
             _percent(ax)
         handles, labels = axes[1].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), frameon=False)
@@ -143,7 +146,7 @@ def overview(summaries: pd.DataFrame, reported: pd.DataFrame) -> Figure:
 
 
 def _percent(ax: Axes) -> None:
-    ax.set_ylim(0, 100)
+    ax.set_ylim(0, 101)  # a curve at 100 is seen whole
     ax.set_yticks(range(0, 101, 10))
 
 
