@@ -54,7 +54,7 @@ endif
 BEGUN := $(H)/begun
 $(shell mkdir -p $(H); touch $(BEGUN))
 endif
-done = @for page in $(1); do [ $$page -nt $(BEGUN) ] && { echo "Done."; exit; }; done; echo "Nothing to do: everything is up to date."
+done = @for page in $(1); do [ $$page -nt $(BEGUN) ] && { echo "Done."; exit; }; done; echo "Nothing to do: $(or $(2),everything) is up to date."
 
 reproduce-figures: $(R)/report.html $(PAGES)
 	$(call done,$^)
@@ -169,7 +169,7 @@ params/gpu/%.yaml params/own_network/gpu%yaml:
 # ---- beyond the report: notebooks of their own
 
 skips: $(R)/html/skips.html
-	$(call done,$<)
+	$(call done,$<,$@)
 	@echo "Page:      $<"
 $(R)/notebooks/pretrain_resnet20.ipynb: $(H)/notebooks/01_pretraining.ipynb $(H)/params/$(PRESET)/pretrain_resnet20.yaml $(H)/params/$(PRESET)/preset.yaml | $(READY) $(DATA)
 	@$(RUN) $(<:$(H)/%=%) $@ -f params/$(PRESET)/pretrain_resnet20.yaml
@@ -179,19 +179,19 @@ $(R)/notebooks/skips.ipynb: $(H)/notebooks/06_skip_connections.ipynb $(LIBRARY) 
 	@$(RUN) $(<:$(H)/%=%) $@ -p preset $(PRESET)
 
 own-network: $(R)/html/own_network.html
-	$(call done,$<)
+	$(call done,$<,$@)
 	@echo "Page:      $<"
 $(R)/notebooks/own_network.ipynb: $(H)/notebooks/07_your_own_network.ipynb $(H)/params/own_network/$(PRESET).yaml $(LIBRARY) | $(READY) $(DATA)
 	@$(RUN) $(<:$(H)/%=%) $@ -f params/own_network/$(PRESET).yaml
 
 cliff: $(R)/html/cliff.html
-	$(call done,$<)
+	$(call done,$<,$@)
 	@echo "Page:      $<"
 $(R)/notebooks/cliff.ipynb: $(H)/notebooks/08_the_cliff.ipynb $(H)/params/cliff.yaml $(foreach e,cliff adaptive,$(H)/params/$(PRESET)/$(e).yaml) $(H)/params/$(PRESET)/preset.yaml $(LIBRARY) $(R)/notebooks/pretrain.ipynb
 	@$(RUN) $(<:$(H)/%=%) $@ -p preset $(PRESET) -p jobs $(JOBS)
 
 controls: $(R)/html/controls.html
-	$(call done,$<)
+	$(call done,$<,$@)
 	@echo "Page:      $<"
 $(R)/notebooks/controls.ipynb: $(H)/notebooks/09_controls.ipynb $(H)/params/controls.yaml $(H)/params/published.yaml $(H)/params/$(PRESET)/controls.yaml $(H)/params/$(PRESET)/preset.yaml $(LIBRARY) $(R)/notebooks/pretrain.ipynb \
     $(call inputs,$(wildcard $(R)/pace/controls.json))
@@ -204,7 +204,7 @@ pace: $(H)/params/$(PRESET)/controls.yaml $(R)/notebooks/pretrain.ipynb
 	@$(BIN)/python -m alphaprune.pace controls $(PRESET)
 
 best: $(R)/html/best.html
-	$(call done,$<)
+	$(call done,$<,$@)
 	@echo "Page:      $<"
 	@echo "Network:   $(R)/best/"
 # Of the whole network, on all images, another one.
@@ -215,21 +215,21 @@ $(R)/notebooks/best.ipynb: $(H)/notebooks/13_best_recipe.ipynb $(H)/params/$(BES
 	@$(RUN) $(<:$(H)/%=%) $@ -p preset $(PRESET) -p jobs $(JOBS) $(if $(filter full_size,$(BEST)),-p comparison full_size -p method '$(FULL_SIZE)')
 
 rounded: $(R)/html/rounded.html
-	$(call done,$<)
+	$(call done,$<,$@)
 	@echo "Page:      $<"
 $(R)/notebooks/rounded.ipynb: $(H)/notebooks/14_what_rounding_costs.ipynb $(foreach e,controls rounded,$(H)/params/$(e).yaml $(H)/params/$(PRESET)/$(e).yaml) $(H)/params/$(PRESET)/preset.yaml $(LIBRARY) $(R)/notebooks/pretrain.ipynb \
     | $(foreach e,controls best,$(if $(filter $(e),$(MAKECMDGOALS)),$(R)/notebooks/$(e).ipynb))
 	@$(RUN) $(<:$(H)/%=%) $@ -p preset $(PRESET) -p jobs $(JOBS)
 
 mirrored: $(R)/html/mirrored.html
-	$(call done,$<)
+	$(call done,$<,$@)
 	@echo "Page:      $<"
 $(R)/notebooks/mirrored.ipynb: $(H)/notebooks/15_what_cropping_costs.ipynb $(foreach e,controls mirrored,$(H)/params/$(e).yaml $(H)/params/$(PRESET)/$(e).yaml) $(H)/params/$(PRESET)/preset.yaml $(LIBRARY) $(R)/notebooks/pretrain.ipynb \
     | $(foreach e,controls best rounded,$(if $(filter $(e),$(MAKECMDGOALS)),$(R)/notebooks/$(e).ipynb))
 	@$(RUN) $(<:$(H)/%=%) $@ -p preset $(PRESET) -p jobs $(JOBS)
 
 unfinished: $(R)/html/unfinished.html
-	$(call done,$<)
+	$(call done,$<,$@)
 	@echo "Page:      $<"
 $(R)/notebooks/unfinished.ipynb: $(H)/notebooks/10_unfinished_models.ipynb $(H)/params/$(PRESET)/unfinished.yaml $(H)/params/report/unfinished.yaml $(foreach e,fig1 fig2 fig3,$(R)/notebooks/$(e).ipynb)
 	@$(RUN) $(<:$(H)/%=%) $@ -p preset $(PRESET)
@@ -237,13 +237,13 @@ $(R)/notebooks/unfinished.ipynb: $(H)/notebooks/10_unfinished_models.ipynb $(H)/
 # Two that measure time would measure each other: asked for together, one waits for the other. Memory is measured as a network has it
 # that no Makefile started.
 time-and-memory: $(R)/html/time_and_memory.html
-	$(call done,$<)
+	$(call done,$<,$@)
 	@echo "Page:      $<"
 $(R)/notebooks/time_and_memory.ipynb: $(H)/notebooks/11_time_and_memory.ipynb $(H)/params/$(PRESET)/time_and_memory.yaml $(H)/params/$(PRESET)/controls.yaml $(H)/params/$(PRESET)/preset.yaml $(LIBRARY) $(R)/notebooks/pruned.ipynb
 	@GLIBC_TUNABLES= $(RUN) $(<:$(H)/%=%) $@ -f params/$(PRESET)/time_and_memory.yaml
 
 how-cost-grows: $(R)/html/how_cost_grows.html
-	$(call done,$<)
+	$(call done,$<,$@)
 	@echo "Page:      $<"
 $(R)/notebooks/how_cost_grows.ipynb: $(H)/notebooks/12_how_cost_grows.ipynb $(H)/params/$(PRESET)/how_cost_grows.yaml $(LIBRARY) \
     | $(READY) $(if $(filter time-and-memory,$(MAKECMDGOALS)),$(R)/notebooks/time_and_memory.ipynb)

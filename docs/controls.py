@@ -118,11 +118,13 @@ def _aims(rows: pd.DataFrame) -> str:
 
 
 def _mirrored(cropped: pd.DataFrame) -> str:
-    """Images that are not cropped, beside the same methods with those that are; last what is lost, as a share of what the report's recipe loses."""
+    """Images mirrored alone, beside the same methods with cropped ones; then what each loses against the original, in percent of what the report's recipe loses."""
     rows = summary(pd.read_csv(RESULTS / "mirrored.csv"))
     rows["beside"] = rows["method"].str.replace(", mirrored", "")
     before = original("mirrored", "quick", ROOT)["test_accuracy"]
     pairs = rows.merge(cropped, left_on=["beside", "keep_ratio"], right_on=["method", "keep_ratio"])
+    if len(pairs) != len(rows):
+        raise SystemExit("a method of results/quick/mirrored.csv has no partner in controls.csv")
     report = pairs[pairs["beside"] == "report's recipe"].set_index("keep_ratio")
     lines = []
     for _, p in pairs.sort_values("test_mean_x", ascending=False).iterrows():
@@ -138,7 +140,14 @@ def _mirrored(cropped: pd.DataFrame) -> str:
         accuracies = (f"{p[f'test_mean_{s}']:.2f} ± {p[f'test_std_{s}']:.2f}" for s in "yx")
         rates = f"{p['lr_y']:g}, {p['lr_x']:g}"
         lines.append(
-            [p["beside"], *accuracies, f"{p['test_mean_x'] - p['test_mean_y']:+.2f}", rates, *shares]
+            [
+                p["beside"],
+                f"{p['keep_ratio']:g}",
+                *accuracies,
+                f"{p['test_mean_x'] - p['test_mean_y']:+.2f}",
+                rates,
+                *shares,
+            ]
         )
     head = ["method", "cropped", "mirrored alone", "gain", "rates"]
     of_loss = [

@@ -386,7 +386,7 @@ def test_an_adaptive_schedule_ends_at_0_and_goes_on_where_it_stopped(small):
         small, [{"name": "start", "alpha": 1.0, "lr": 0.01, "from": "base"}], adaptive=adaptive, folds="best"
     )
     experiment, history, lines = run(small)
-    assert "1 stage to train and those that follow from them" in lines[0]
+    assert "1 stage to train and those that follow from it" in lines[0]
     summary = experiment.summary()
     assert summary["alpha"].iloc[-1] == 0 and summary["stage"].iloc[1] == "try01-a0.5"
     last = experiment.folder(experiment.stages[-1]) / "run.json"

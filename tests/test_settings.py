@@ -63,7 +63,7 @@ def test_a_plain_end_belongs_to_a_known_number_of_changed_epochs():
     settings = load_settings("smoke", "pretrain", ROOT, **given | {"augment_until": 0.29, "max_epochs": 100})
     recipe = settings.recipe(settings.stages[0])
     assert [recipe.augment_in(epoch) for epoch in (29, 30)] == ["trivial", "crop"]  # 0.29 * 100 < 29
-    for other in ({"augment": "crop"}, {"lr_schedule": "plateau"}):
+    for other in ({"augment": "crop"}, {"augment": "mirror"}, {"lr_schedule": "plateau"}):
         with pytest.raises(
             UsageError, match="augment_until is for augment: trivial and lr_schedule: one_cycle"
         ):

@@ -273,7 +273,7 @@ def reasons(
     seeds: Sequence[int] = (),
     budgets: bool = False,
 ) -> list[str]:
-    """What `compare` would train, and why: a line a method, or one for all of which the same is to be said; arguments as of `compare`."""
+    """What `compare` would train, and why: a line a method, or a single one where the same holds for all; arguments as of `compare`."""
     root = root or project_root()
     plan = load_comparison(name, root)
     ratios, seeds = _runs(plan, keep_ratios, seeds, budgets)

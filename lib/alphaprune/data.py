@@ -154,11 +154,11 @@ def batches(
         split: the images.
         batch_size: images a batch.
         generator: a CPU generator. With one, the order is shuffled, each image is flipped with probability
-            1/2 and cropped at random out of its zero-padded self, and a last incomplete batch is left out unless it
+            1/2 and, unless `augment` says otherwise, cropped at random out of its zero-padded self, and a last incomplete batch is left out unless it
             is the only one. All that an epoch draws is drawn before its first batch. Without, the images come in
             order, as they are, all of them.
-        augment: "mirror" leaves the cropping out; "trivial" makes a random change of TrivialAugment (Müller and Hutter, 2021) before that, the same one
-            to each `ALIKE` images drawn from the whole epoch, so that a GPU is given few operations and a batch has many.
+        augment: "crop" does that; "mirror" flips alone; "trivial" makes a random change of TrivialAugment (Müller and Hutter, 2021) before it flips
+            and crops, the same one to each `ALIKE` images drawn from the whole epoch, so that a GPU is given few operations and a batch has many.
 
     Yields:
         images (B, 3, H, W) float32 of about zero mean and unit variance, labels (B,) int64.

@@ -92,7 +92,11 @@ class Experiment(Recorded):
         self._grow()
         to_run = self._to_run(weights)
         recorded = len([n for n in self.stages if n.name not in to_run])
-        more = " and those that follow from them" if self.settings.adaptive and to_run else ""
+        more = (
+            f" and those that follow from {'it' if len(to_run) == 1 else 'them'}"
+            if self.settings.adaptive and to_run
+            else ""
+        )
         stages = f"{len(to_run)} stage{'s' * (len(to_run) != 1)}"
         say(f"[{self.settings.experiment}] {stages} to train{more}, {recorded} already recorded")
         while to_run:
@@ -213,24 +217,26 @@ def _given(items: list[str]) -> dict[str, Any]:
 def _run_all(files: list[Path], given: dict[str, Any], only_why: bool) -> None:
     said: list[str] = []
     waiting: dict[str, list[str]] = {}  # experiments by what they cannot begin without
-    for file in files:
-        preset, name, root = of_file(file)
-        try:
-            experiment = Experiment(preset, name, root, **given)
-        except Missing as e:
-            if not only_why:
-                raise
-            waiting.setdefault(str(e), []).append(name)
-            continue
-        if only_why:
-            new = [line for line in experiment.reasons() if line not in said]  # a parent of several
-            said += new
-            print(*new, sep="\n")
-            continue
-        experiment.run(lambda line: print(line, flush=True))
-        print(experiment.summary().to_string(index=False, float_format="{:.4g}".format))
-    for what, names in waiting.items():
-        print(f"{', '.join(names)}: all stages, once there is what they start from: {what}")
+    try:
+        for file in files:
+            preset, name, root = of_file(file)
+            try:
+                experiment = Experiment(preset, name, root, **given)
+            except Missing as e:
+                if not only_why:
+                    raise
+                waiting.setdefault(str(e), []).append(name)
+                continue
+            if only_why:
+                new = [line for line in experiment.reasons() if line not in said]  # a parent of several
+                said += new
+                print(*new, sep="\n")
+                continue
+            experiment.run(lambda line: print(line, flush=True))
+            print(experiment.summary().to_string(index=False, float_format="{:.4g}".format))
+    finally:
+        for what, names in waiting.items():
+            print(f"{', '.join(names)}: all stages, once there is what they start from: {what}")
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -5,8 +5,8 @@ In eval mode a BatchNorm multiplies and adds numbers that stay the same,
     y = (W x + b - mean) / sqrt(var + eps) * gamma + beta = W' x + b'
 
 so it goes into the layer before it and never runs again. What is left runs in channels_last memory format, where the kernels for convolutions need no
-other order of the numbers, with the ReLU behind a convolution in one kernel with it (see `one_kernel`), with channels of zeros up to a
-whole register (see `padding`), and in fewer bits if asked.
+other order of the numbers, with the ReLU behind a convolution in one kernel with it (see `one_kernel`), on CPUs with AVX2 with channels of
+zeros up to a whole register (see `padding`), and in fewer bits if asked.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from alphaprune.errors import UsageError
 from alphaprune.exact import full_float32
 from alphaprune.memory_format import channels_last
 from alphaprune.one_kernel import in_one_kernel
-from alphaprune.padding import pad_channels
+from alphaprune.padding import padded
 from alphaprune.trace import Trace, as_inputs, check_network, trace
 
 # Largest difference, relative to the largest value, that rounding explains, by the bits that are left. In so few
@@ -52,8 +52,8 @@ def optimise_for_inference(
         network: what `fold` gave, or any network that `torch.fx` can trace. It is not changed.
         example_input: a batch as the network expects it, (N, C, H, W), or a tuple of tensors; what is computed is compared on it.
         dtype: a floating-point type, such as torch.bfloat16, to compute in; that of the weights if None.
-        pad_to: channels of a layer become a multiple of this; 1 leaves them as they are. None takes what was measured to be faster: 8 on a
-            CPU with AVX2 and without AVX-512, else 1.
+        pad_to: channels of a layer become a multiple of this; 1 leaves them as they are. None takes what was measured to be faster: 8 in float32
+            on a CPU with AVX2 and without AVX-512, else 1. Give one where weights of what comes out are to be loaded on another machine.
 
     Returns:
         A `torch.fx.GraphModule` in eval mode, on the same device, whose weights require no gradient.
@@ -80,44 +80,35 @@ def optimise_for_inference(
         raise UsageError(f"pad_to is {pad_to!r}; give a multiple of channels, such as 8, or 1 to leave them")
     inputs = as_inputs(example_input)
     before = next((p.dtype for p in network.parameters() if p.is_floating_point()), torch.float32)
-    tolerance = max(TOLERANCE[dtype or before], TOLERANCE[before])
-    for multiple in dict.fromkeys((_faster_multiple(network) if pad_to is None else pad_to, 1)):
-        fast = _optimised(network, inputs, dtype or before, before, multiple)
-        expected = real_tensors(run(copy.deepcopy(network).eval(), inputs, type(network).__name__))
-        try:
-            found = real_tensors(run(fast, inputs, "the optimised network"))
-        except UsageError:
-            if multiple == 1:
-                raise
-            continue  # what counts its channels by itself gets no more of them
-        if close(found, expected, tolerance):
-            return fast
-    raise UsageError(
-        f"{type(network).__name__} does not compute the same once it is optimised in {str(dtype or before).removeprefix('torch.')}; "
-        f"{'leave dtype out' if dtype else 'use it as it is'}"
-    )
-
-
-def _faster_multiple(network: nn.Module) -> int:
-    """Of channels, where it was measured: a register of AVX2 holds 8 numbers of float32."""
-    on_cpu = all(p.device.type == "cpu" for p in network.parameters())
-    return 8 if on_cpu and torch.backends.cpu.get_cpu_capability() == "AVX2" else 1
-
-
-def _optimised(
-    network: nn.Module, inputs: tuple[Any, ...], dtype: torch.dtype, before: torch.dtype, multiple: int
-) -> fx.GraphModule:
-    """The network as `optimise_for_inference` gives it, not compared yet."""
-    own = copy.deepcopy(network).eval()
+    multiple = _faster_multiple(network, dtype or before) if pad_to is None else pad_to
+    own = padded(network, inputs, multiple, TOLERANCE[before])
     traced = trace(own, inputs)
-    pad_channels(traced, multiple)
     fast = fx.GraphModule(own, traced.graphs[False], type(network).__name__)
     _layer_a_call(fast)
-    _convert_at_the_ends(fast, traced, dtype, before)
+    _convert_at_the_ends(fast, traced, dtype or before, before)
     fast = fuse(fast, no_trace=True)
-    fast = channels_last(fast.to(dtype)).eval().requires_grad_(False)
+    fast = channels_last(fast.to(dtype or before)).eval().requires_grad_(False)
     in_one_kernel(fast)
+    tolerance = max(TOLERANCE[dtype or before], TOLERANCE[before])
+    found, expected = (
+        real_tensors(run(n, inputs, what))
+        for n, what in (
+            (fast, "the optimised network"),
+            (copy.deepcopy(network).eval(), type(network).__name__),
+        )
+    )
+    if not close(found, expected, tolerance):
+        raise UsageError(
+            f"{type(network).__name__} does not compute the same once it is optimised in {str(dtype or before).removeprefix('torch.')}; "
+            f"{'leave dtype out' if dtype else 'use it as it is'}"
+        )
     return fast
+
+
+def _faster_multiple(network: nn.Module, dtype: torch.dtype) -> int:
+    """Of channels, where it was measured: a register of AVX2 holds 8 numbers of float32."""
+    on_cpu = all(p.device.type == "cpu" for p in network.parameters())
+    return 8 if on_cpu and dtype == torch.float32 and torch.backends.cpu.get_cpu_capability() == "AVX2" else 1
 
 
 def _layer_a_call(network: fx.GraphModule) -> None:

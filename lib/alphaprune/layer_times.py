@@ -36,9 +36,11 @@ def layer_times(
     parts = []
     for network in (original, pruned):
         fast, times = optimise_for_inference(network, example_input), {}
-        layers = {n: m for n, m in fast.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
-        for name, layer in layers.items():
-            _watch(layer, times.setdefault(name, []))
+        names = [n for n, m in fast.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+        for name in names:
+            _watch(fast.get_submodule(name), times.setdefault(name, []))
+        # As they were before channels of zeros came to them.
+        layers = {name: network.get_submodule(name) for name in names}
         parts.append((forward(fast, example_input), layers, times))
     whole = alternate({"original": parts[0][0], "pruned": parts[1][0]}, seconds, threads)["median"]
     rows: list[dict[str, Any]] = []

@@ -90,7 +90,7 @@ def stage_curves(curves: pd.DataFrame, title: str, fold_now: bool = False) -> Fi
         axes[0].set_ylabel("accuracy, %")
         for ax in axes:
             ax.set_xlabel("training step")
-            ax.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
+            ax.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10], integer=True))
             ax.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
             _percent(ax)
         handles, labels = axes[1].get_legend_handles_labels()

@@ -54,7 +54,8 @@ class Recipe:
 
     def augment_in(self, epoch: int) -> Augment:
         """The augmentation of an epoch, of which the first is 1."""
-        return self.augment if epoch <= round(self.augment_until * self.max_epochs) else "crop"
+        last = self.augment == "trivial" and epoch > round(self.augment_until * self.max_epochs)
+        return "crop" if last else self.augment
 
     def steps_an_epoch(self, images: int) -> int:
         """Steps for so many images; what does not fill a batch is left out, unless it is all."""
