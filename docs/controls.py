@@ -149,9 +149,9 @@ def _mirrored(cropped: pd.DataFrame) -> str:
                 *shares,
             ]
         )
-    head = ["method", "cropped", "mirrored alone", "gain", "rates"]
+    head = ["method", "keep_ratio", "cropped", "mirrored alone", "gain", "rate, cropped and mirrored"]
     of_loss = [
-        "share of the report's loss, both cropped",
+        "loses, of what the report's recipe loses, both cropped",
         "both mirrored alone",
         "mirrored, the report's cropped",
     ]
