@@ -150,11 +150,8 @@ def _mirrored(cropped: pd.DataFrame) -> str:
             ]
         )
     head = ["method", "keep_ratio", "cropped", "mirrored alone", "gain", "rate, cropped and mirrored"]
-    of_loss = [
-        "loses, of what the report's recipe loses, both cropped",
-        "both mirrored alone",
-        "mirrored, the report's cropped",
-    ]
+    loses = "points lost, in percent of the report's recipe's:"
+    of_loss = [f"{loses} both cropped", "both mirrored alone", "mirrored alone, of the report's cropped"]
     return _table([*head, *of_loss], lines)
 
 

@@ -52,7 +52,8 @@ def optimise_for_inference(
         network: what `fold` gave, or any network that `torch.fx` can trace. It is not changed.
         example_input: a batch as the network expects it, (N, C, H, W), or a tuple of tensors; what is computed is compared on it.
         dtype: a floating-point type, such as torch.bfloat16, to compute in; that of the weights if None.
-        pad_to: channels of a layer become a multiple of this; 1 leaves them as they are. None takes what was measured to be faster: 8 in float32
+        pad_to: channels of a layer become a multiple of this where that adds a tenth of them at most (see `padding.MOST`) and what reads them can take
+            them; 1 leaves them as they are. None takes what was measured to be faster: 8 in float32
             on a CPU with AVX2 and without AVX-512, else 1. Give one where weights of what comes out are to be loaded on another machine.
 
     Returns:
