@@ -204,14 +204,17 @@ class Random(nn.Module):
         return self.classifier(x.amax((2, 3)))
 
 
+# The first two arguments of `Random`, and its last.
+PARTS_AND_WIDTHS = st.lists(st.sampled_from(sorted(PARTS)), min_size=1, max_size=5).flatmap(
+    lambda p: st.tuples(st.just(p), st.lists(st.integers(4, 14), min_size=len(p) + 1, max_size=len(p) + 1))
+)
+HEADS = st.sampled_from(["mean", "flatten", "maps", "view"])
+
+
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
-    st.lists(st.sampled_from(sorted(PARTS)), min_size=1, max_size=5).flatmap(
-        lambda p: st.tuples(
-            st.just(p), st.lists(st.integers(4, 14), min_size=len(p) + 1, max_size=len(p) + 1)
-        )
-    ),
-    st.sampled_from(["mean", "flatten", "maps", "view"]),
+    PARTS_AND_WIDTHS,
+    HEADS,
     st.sampled_from([0.34375, 0.5, 0.8]),
     st.sampled_from(["uniform", "one layer else", "one excluded"]),
     st.integers(0, 2**31),

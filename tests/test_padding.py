@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_any_network import PARTS, Random
+from test_any_network import HEADS, PARTS_AND_WIDTHS, Random
 from torch import nn
 from torch.nn import functional as F
 from torchvision.models import densenet121, efficientnet_b0, resnet18
@@ -51,16 +51,7 @@ def test_random_networks_with_zeros_are_the_same_function(monkeypatch):
     grown = []
 
     @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
-    @given(
-        st.lists(st.sampled_from(sorted(PARTS)), min_size=1, max_size=5).flatmap(
-            lambda p: st.tuples(
-                st.just(p), st.lists(st.integers(4, 14), min_size=len(p) + 1, max_size=len(p) + 1)
-            )
-        ),
-        st.sampled_from(["mean", "flatten", "maps", "view"]),
-        st.sampled_from([3, 8, 16]),
-        st.integers(0, 2**31),
-    )
+    @given(PARTS_AND_WIDTHS, HEADS, st.sampled_from([3, 8, 16]), st.integers(0, 2**31))
     def check(parts_and_widths, head, multiple, seed):
         torch.manual_seed(seed)
         network = settle(Random(*parts_and_widths, head).double())
