@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 
 from alphaprune.compare import close, run
 from alphaprune.errors import UsageError
-from alphaprune.graph import ChannelLayer, Mixer, Structure, read
+from alphaprune.graph import Mixer, Structure, read
 from alphaprune.rules import Rule, rule_of
 from alphaprune.trace import MIXING_LAYERS, Trace, trace
 
@@ -55,10 +55,10 @@ def padded(network: nn.Module, inputs: tuple[Tensor, ...], multiple: int, tolera
         return plain
     pairs = list(zip(found, expected, strict=True))
     whole = [(a, b) for a, b in pairs if not b.is_floating_point()]
-    real = [
-        pair for pair in pairs if pair[1].is_floating_point()
-    ]  # without one, such as behind argmax, little would show
-    same = real and close(*zip(*real, strict=True), tolerance) and all(torch.equal(a, b) for a, b in whole)
+    real = [(a, b) for a, b in pairs if b.is_floating_point()]
+    if not real:  # such as behind argmax: little would show
+        return plain
+    same = close(*zip(*real, strict=True), tolerance) and all(torch.equal(a, b) for a, b in whole)
     return own if same else plain
 
 
@@ -114,9 +114,9 @@ def _added(structure: Structure, multiple: int) -> dict[Space, int]:
     for node in structure.trace.nodes:
         for seen in _seen(structure, node):
             met = set().union(*(owner.get(root, set()) for root in set(seen)))
-            whole = met if len(met) == 1 and _takes(structure, node) else set()
+            alone = len(met) == 1 and _takes(structure, node)
             for space in met:
-                if space not in whole or not _repeats(seen, space):
+                if not (alone and _repeats(seen, space)):
                     found.pop(space, None)
     return found
 
@@ -141,9 +141,8 @@ def _takes(structure: Structure, node: fx.Node) -> bool:
     module = structure.trace.module(node)
     if (m := structure.mixers.get(node.name)) is not None:
         return module is not None and m.groups == 1
-    if isinstance(structure.channel_layers.get(node.name), ChannelLayer):
-        depthwise = isinstance(module, MIXING_LAYERS) and module.out_channels == module.in_channels
-        return depthwise or isinstance(module, _A_NUMBER_EACH)
+    if node.name in structure.channel_layers:  # of those that mix a depthwise convolution is one
+        return isinstance(module, (*_A_NUMBER_EACH, *MIXING_LAYERS))
     name = getattr(node.target, "__name__", str(node.target))
     by_channels = name in _DIVISIONS and isinstance(node.args[1], fx.Node)
     return rule_of(node, module) in _SAFE and name not in _NOT_FINITE and not by_channels
