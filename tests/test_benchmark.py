@@ -9,7 +9,7 @@ import torch
 from conftest import ROOT
 
 from alphaprune.benchmark import measure
-from alphaprune.benchmark_device import compiled_on, deployed_on, training_on
+from alphaprune.benchmark_device import compiled_on, deployed_on, replayed_on, training_on
 from alphaprune.benchmark_rows import (
     COLUMNS,
     Sizes,
@@ -20,6 +20,7 @@ from alphaprune.benchmark_rows import (
 from alphaprune.measure import multiply_adds
 from alphaprune.models import vgg16
 from alphaprune.narrowing import folded_at_once
+from alphaprune.passes import replayed
 
 sys.path.insert(0, str(ROOT / "notebooks"))
 import benchmark
@@ -106,6 +107,27 @@ def test_what_is_deployed_on_a_device_is_measured_in_both_precisions():
     assert held["value"].gt(0).all() and held["unit"].eq("MiB at most").all()
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_network_on_a_gpu_is_timed_from_a_cuda_graph_too_and_gives_the_same_answer():
+    rows = replayed_on(0.0625, batches=(1, 4), seconds=0.1)
+    ways = [r["what"].partition(": ")[2] for r in rows[:4]]
+    folded = "folded, multiples of 8"
+    assert ways == [
+        f"{w}, in turns" for w in ("original", folded, "original, CUDA graph", f"{folded}, CUDA graph")
+    ]
+    assert len(rows) == 16 and all(r["milliseconds"] > 0 for r in rows)
+    seen = []
+    network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU()).eval().cuda()
+    network.register_forward_hook(lambda _, x, y: seen.append(y))
+    x = torch.randn(2, 3, 8, 8, device="cuda")
+    replay = replayed(network, x)
+    recorded = seen[-1]
+    x.copy_(torch.randn_like(x))
+    replay()
+    with torch.no_grad():
+        assert torch.allclose(recorded, network(x), atol=1e-6)
+
+
 def test_a_step_is_compiled_beside_eager_and_what_does_not_work_says_why():
     device = "cuda" if torch.cuda.is_available() else "cpu"
     network = torch.nn.Sequential(
@@ -114,7 +136,7 @@ def test_a_step_is_compiled_beside_eager_and_what_does_not_work_says_why():
     before = {k: v.clone() for k, v in network.state_dict().items()}
     x = torch.randn(2, 3, 8, 8)
     rows = compiled_on(device, "small", network, x, seconds=0.1)
-    ways = ["eager", "torch.compile", *(["CUDA graphs"] if device == "cuda" else [])]
+    ways = ["eager", "torch.compile", *(["CUDA graph"] if device == "cuda" else [])]
     assert {r["what"].rpartition(", ")[2] for r in rows} == set(ways)
     assert rows[0]["value"] == 1 and rows[0]["milliseconds"] > 0
     compiled = next(r for r in rows if r["what"].endswith("torch.compile"))

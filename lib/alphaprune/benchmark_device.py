@@ -6,7 +6,7 @@ import copy
 import logging
 import math
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -36,6 +36,7 @@ from alphaprune.measure import multiply_adds
 from alphaprune.models import vgg16
 from alphaprune.narrowing import folded_at_once
 from alphaprune.parallel import ParallelModel
+from alphaprune.passes import forward, replayed
 from alphaprune.recipe import Recipe
 from alphaprune.timing import (
     alternate,
@@ -207,12 +208,9 @@ def deployed_on(device: str, width: float, batch: int, seconds: float) -> list[d
         width, batch: of the VGG-16; images at once.
         seconds: of timing, for each precision and number of images.
     """
-    original = vgg16(width).eval()
-    image = torch.randn(1, 3, 32, 32)
-    folded = folded_at_once(original, KEEP_RATIO, image, MATRIX_UNIT)
+    networks, image = _original_and_folded(width), torch.randn(1, 3, 32, 32)
     rows = []
     for precision in (torch.float32, torch.bfloat16):
-        networks = {"original": original, f"folded, multiples of {MATRIX_UNIT}": folded}
         own = {name: copy.deepcopy(n).to(precision) for name, n in networks.items()}
         table = footprint({"VGG-16": own}, image.to(precision), (1, batch), seconds, device=device)
         for t in table.itertuples():
@@ -224,6 +222,50 @@ def deployed_on(device: str, width: float, batch: int, seconds: float) -> list[d
                 {"what": f"{what}, memory"} | held | target_columns(Target(), 0),
             ]
     return rows
+
+
+def replayed_on(width: float, batches: Sequence[int], seconds: float) -> list[dict[str, Any]]:
+    """The same two networks on a GPU, each as it is and from a CUDA graph, in turns: time to the answer alone, in channels_last order.
+
+    Small batches are done before Python has named the next kernel, so without a graph both networks take as long.
+
+    Args:
+        width, batches: of the VGG-16; numbers of images at once.
+        seconds: of timing, for each precision and number of images.
+    """
+    networks = {name: in_order(n.to("cuda")) for name, n in _original_and_folded(width).items()}
+    rows = []
+    for precision in (torch.float32, torch.bfloat16):
+        own = {name: copy.deepcopy(n).to(precision) for name, n in networks.items()}
+        for batch in batches:
+            x = in_order(torch.randn(batch, 3, 32, 32, device="cuda", dtype=precision))
+            calls = {name: _awaited(forward(n, x)) for name, n in own.items()}
+            calls |= {f"{name}, {GRAPH}": _awaited(replayed(n, x)) for name, n in own.items()}
+            what = f"cuda, VGG-16 of width {width:g}, {str(precision).removeprefix('torch.')}, batch {batch}"
+            rows += [
+                timed_row(
+                    f"{what}: {t.Index}, in turns", t.ratio, "times as fast as the original", Target(), t
+                )
+                | {"milliseconds": 1000 * t.median}
+                for t in alternate(calls, seconds).itertuples()
+            ]
+    return rows
+
+
+def _awaited(call: Callable[[], None]) -> Callable[[], None]:
+    """With the wait for the GPU's answer, which whoever asks for one batch has."""
+
+    def answered() -> None:
+        call()
+        torch.cuda.synchronize()
+
+    return answered
+
+
+def _original_and_folded(width: float) -> dict[str, nn.Module]:
+    original = vgg16(width).eval()
+    folded = folded_at_once(original, KEEP_RATIO, torch.randn(1, 3, 32, 32), MATRIX_UNIT)
+    return {"original": original, f"folded, multiples of {MATRIX_UNIT}": folded}
 
 
 @contextmanager
@@ -287,6 +329,9 @@ def measure_gpu(sizes: Sizes = SIZES, say: Callable[[str], None] = print) -> pd.
         for batch in (s.batch, 4 * s.batch)
     }
     groups["deployed"] = partial(deployed_on, "cuda", s.full_width, s.batch, s.seconds / 20)
+    groups["deployed, replayed"] = partial(
+        replayed_on, s.full_width, (1, s.batch, 8 * s.batch), s.seconds / 20
+    )
     for name, network in _with_branches_and_folded(s.full_width, x).items():
         compiler = name in ("plain", "folded")  # of branches it leaves most as it is
         groups[name] = partial(
