@@ -97,8 +97,9 @@ def test_tied_layers_are_one_group():
     lines: list[str] = []
     with pytest.warns(TooFewImages, match="3 were given") as said:
         groups = [g.split(", ") for g in damages(network, x, ratios=(0.5,), say=lines.append)]
-    assert len(said) == 1 and len(lines) == len(groups)
-    assert lines[0].startswith(f"[1/{len(groups)}] {', '.join(groups[0])}: damage ")
+    assert len(said) == 1 and len(lines) == 1 + len(groups)
+    assert lines[0] == f"{len(groups)} groups of layers, narrowed one at a time to 0.5 of its channels"
+    assert lines[1].startswith(f"[1/{len(groups)}] {', '.join(groups[0])}: damage ")
     assert ["conv", "blocks.0.conv2", "blocks.1.conv2", "blocks.2.conv2"] in groups
     assert sum(map(len, groups)) == 21  # 19 convolutions of 3 x 3 and two shortcuts; the classifier stays
 

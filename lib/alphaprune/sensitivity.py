@@ -56,7 +56,7 @@ def damages(
         images: inputs as in training, a thousand or two small ones; the same are fitted to and measured on.
         exclude: see `ParallelModel`.
         ratios: the ratios to measure, in (0, 1).
-        say: takes a line of progress a group; it takes minutes.
+        say: takes lines of progress, one before the first group and one behind each; it takes minutes.
 
     Returns:
         By group, named by its layers joined with ", ", the damage in nats at each ratio: at the one asked for, though a layer
@@ -93,6 +93,9 @@ def _damages(
     expected = _answers(network, images)
     found: dict[str, dict[float, float]] = {}
     groups = _groups(structure, min(ratios))
+    say(
+        f"{len(groups)} groups of layers, narrowed one at a time to {', '.join(f'{r:g}' for r in ratios)} of its channels"
+    )
     for n, group in enumerate(groups, 1):
         found[", ".join(group)] = damage = {}
         for ratio in ratios:
