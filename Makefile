@@ -1,7 +1,7 @@
 # alphaprune: every result is a file, and this says what it is made from.
 #
 #   make reproduce-figures                 all experiments, figures, scorecard and one HTML report
-#   make reproduce-figures PRESET=gpu      its network and images, three epochs a stage, for one GPU
+#   make reproduce-figures PRESET=gpu      its network and images, three epochs a stage; drawn from the records in git
 #   make reproduce-figures PRESET=report   the report's own rule, up to 400 epochs a stage
 #   make help                              everything else
 

@@ -36,7 +36,7 @@ from alphaprune.measure import multiply_adds
 from alphaprune.models import vgg16
 from alphaprune.narrowing import folded_at_once
 from alphaprune.parallel import ParallelModel
-from alphaprune.passes import forward, replayed
+from alphaprune.passes import Replayed, forward
 from alphaprune.recipe import Recipe
 from alphaprune.timing import (
     alternate,
@@ -240,7 +240,7 @@ def replayed_on(width: float, batches: Sequence[int], seconds: float) -> list[di
         for batch in batches:
             x = in_order(torch.randn(batch, 3, 32, 32, device="cuda", dtype=precision))
             calls = {name: _awaited(forward(n, x)) for name, n in own.items()}
-            calls |= {f"{name}, {GRAPH}": _awaited(replayed(n, x)) for name, n in own.items()}
+            calls |= {f"{name}, {GRAPH}": _awaited(Replayed(n, x)) for name, n in own.items()}
             what = f"cuda, VGG-16 of width {width:g}, {str(precision).removeprefix('torch.')}, batch {batch}"
             rows += [
                 timed_row(
@@ -252,7 +252,7 @@ def replayed_on(width: float, batches: Sequence[int], seconds: float) -> list[di
     return rows
 
 
-def _awaited(call: Callable[[], None]) -> Callable[[], None]:
+def _awaited(call: Callable[[], Any]) -> Callable[[], None]:
     """With the wait for the GPU's answer, which whoever asks for one batch has."""
 
     def answered() -> None:

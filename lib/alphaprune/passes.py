@@ -20,23 +20,36 @@ def forward(network: nn.Module, *inputs: Tensor) -> Callable[[], None]:
     return look
 
 
-def replayed(network: nn.Module, *inputs: Tensor) -> Callable[[], None]:
+class Replayed:
     """The same from a CUDA graph: all its kernels are started together, so that none waits for Python (source: as of `captured`).
 
+    Called, it returns the answer to what `inputs` hold then; the answer is valid until the next call.
+
     Args:
-        network, inputs: on a GPU, in eval mode, whose kernels ask nothing of the CPU. The answer lies where that of the recorded pass lay.
+        network, inputs: on a GPU, in eval mode, whose kernels ask nothing of the CPU. The graph reads and writes where they lie, so they stay alive with this.
+
+    Raises:
+        RuntimeError: if the network cannot be recorded, such as for a layer that waits for the GPU.
     """
-    aside = torch.cuda.Stream()
-    aside.wait_stream(torch.cuda.current_stream())
-    graph = torch.cuda.CUDAGraph()
-    with torch.no_grad():
-        with torch.cuda.stream(aside):
-            for _ in range(WARM_UP):
-                network(*inputs)
-        torch.cuda.synchronize()
-        with torch.cuda.graph(graph):
-            network(*inputs)
-    return graph.replay
+
+    def __init__(self, network: nn.Module, *inputs: Tensor):
+        self.network, self.inputs, self.graph = network, inputs, torch.cuda.CUDAGraph()
+        main, aside = torch.cuda.current_stream(), torch.cuda.Stream()
+        aside.wait_stream(main)
+        try:
+            with torch.no_grad():
+                with torch.cuda.stream(aside):
+                    for _ in range(WARM_UP):
+                        network(*inputs)
+                torch.cuda.synchronize()
+                with torch.cuda.graph(self.graph):
+                    self.answer = network(*inputs)
+        finally:
+            torch.cuda.set_stream(main)  # a recording that failed may leave another one current
+
+    def __call__(self) -> Tensor:
+        self.graph.replay()
+        return self.answer
 
 
 def training_step(network: nn.Module, *inputs: Tensor) -> Callable[[], None]:

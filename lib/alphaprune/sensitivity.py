@@ -94,7 +94,7 @@ def _damages(
     found: dict[str, dict[float, float]] = {}
     groups = _groups(structure, min(ratios))
     say(
-        f"{len(groups)} groups of layers, narrowed one at a time to {', '.join(f'{r:g}' for r in ratios)} of its channels"
+        f"{len(groups)} groups of layers, each narrowed alone to {', '.join(f'{r:g}' for r in ratios)} of its channels"
     )
     for n, group in enumerate(groups, 1):
         found[", ".join(group)] = damage = {}
