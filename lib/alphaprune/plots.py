@@ -45,7 +45,7 @@ def stage_curves(curves: pd.DataFrame, title: str, fold_now: bool = False) -> Fi
             step, split, metric, value (a share of 1), as `Experiment.curves` gives them: stages of other
             experiments first.
         title: above the figure.
-        fold_now: draw a third panel, the accuracy if the network were folded: a line where measured, a square at the end of each stage.
+        fold_now: draw a third panel, the accuracy if the network were folded: a line where measured, a large marker at the end of each stage.
     """
     stages = list(curves.groupby(["experiment", "stage"], sort=False))
     own_experiment = curves["experiment"].iloc[-1]
@@ -55,9 +55,13 @@ def stage_curves(curves: pd.DataFrame, title: str, fold_now: bool = False) -> Fi
     if len(uncolored) == len(stages):
         shades = sns.color_palette("viridis", len(stages))
     greys = dict(zip(uncolored, shades, strict=False))
+    # Greys look alike, so each has a marker of its own.
+    markers = {
+        key: MARKERS[i % len(MARKERS)] for i, key in enumerate(uncolored) if len(uncolored) < len(stages)
+    }
     with matplotlib.rc_context(STYLE):
         panels = 3 if fold_now else 2
-        height = 3.6 + 0.17 * ((len(stages) + 3) // 4)
+        height = 3.6 + 0.17 * ((len(stages) + fold_now + 3) // 4)
         figure = Figure(figsize=(3.9 * panels, height), layout="constrained")
         axes = figure.subplots(1, panels, sharex=True, sharey=True)
         for (experiment, stage), own in stages:
@@ -71,18 +75,17 @@ def stage_curves(curves: pd.DataFrame, title: str, fold_now: bool = False) -> Fi
             if experiment != own_experiment:
                 label = f"before: {label}"
             width = 1.2 if (experiment, stage) in greys else 2.0
+            marker = markers.get((experiment, stage), "o")
             own = own.assign(x=own["start"] + own["step"], percent=100 * own["value"])
             for ax, split in zip(axes, ("train", "val"), strict=False):
                 points = own[(own["split"] == split) & (own["metric"] == "accuracy")]
-                marker = "o" if split == "val" else None
-                ax.plot(
-                    points["x"], points["percent"], color=color, lw=width, marker=marker, ms=3, label=label
-                )
+                drawn = {"marker": marker, "ms": 3 if marker == "o" else 5} if split == "val" else {}
+                ax.plot(points["x"], points["percent"], color=color, lw=width, label=label, **drawn)
             if fold_now:
-                points = own[own["metric"] == FOLD_NOW_AT_END]
-                axes[2].plot(points["x"], points["percent"], color=color, marker="s", ms=6, ls="")
                 points = own[own["metric"].isin(FOLD_NOW)]
-                axes[2].plot(points["x"], points["percent"], color=LIGHT, lw=1, zorder=0)
+                axes[2].plot(points["x"], points["percent"], color=color, lw=width)
+                points = own[own["metric"] == FOLD_NOW_AT_END]
+                axes[2].plot(points["x"], points["percent"], color=color, marker=marker, ms=7, ls="")
         if fold_now:
             axes[2].set_title("Validation, if folded now")
         axes[0].set_title("Training")
@@ -94,6 +97,9 @@ def stage_curves(curves: pd.DataFrame, title: str, fold_now: bool = False) -> Fi
             ax.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
             _percent(ax)
         handles, labels = axes[1].get_legend_handles_labels()
+        if fold_now:
+            handles += axes[2].plot([], [], color="black", marker="o", ms=7, ls="")
+            labels += ["best weights of a stage, folded"]
         figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), frameon=False)
         figure.suptitle(title)
     return figure
