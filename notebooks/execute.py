@@ -8,10 +8,14 @@ Ctrl-C are passed on to the notebook, which saves what it is at and stops.
 
 from __future__ import annotations
 
+import sys
+
 if __name__ == "__main__":
     from alphaprune.interrupt import while_importing
 
     while_importing()
+# A checker of addresses that jsonschema takes where it is installed, and nbformat never asks; to build its grammar takes two seconds.
+sys.modules.setdefault("rfc3987_syntax", None)
 
 import argparse
 import builtins
@@ -19,7 +23,6 @@ import keyword
 import logging
 import os
 import signal
-import sys
 import tempfile
 from pathlib import Path
 from types import FrameType

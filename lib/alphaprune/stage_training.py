@@ -23,7 +23,7 @@ from alphaprune.stages import Stages
 from alphaprune.storage import save_tensors, write_bytes
 from alphaprune.train import Outcome, accelerator_for_this_machine, fit
 
-SHARE_IMAGES = 500  # at most, for `wide_share`
+SHARE_IMAGES = 200  # at most, for `wide_share`; of each it sees every place
 
 
 def train_stage(of: Stages, node: Node, data: images.Dataset, progress: Progress) -> None:
