@@ -77,7 +77,7 @@ help:
 	@echo "make best                the recipe that does best, with three seeds, folded and saved"
 	@echo "make rounded             what channel counts in multiples of 4 cost in accuracy"
 	@echo "make mirrored            what cropping the training images costs the narrowest networks"
-	@echo "make unfinished          what frees the models that Figures 1 to 3 left unfinished"
+	@echo "make unfinished          what brings on the models that Figures 1 to 3 left unfinished"
 	@echo "make time-and-memory     original and pruned networks: latency, throughput, memory, what to deploy with"
 	@echo "make how-cost-grows      a training step against width, keep_ratio, depth and image size"
 	@echo "make coverage            fold every CNN of torchvision and write docs/coverage.md"

@@ -352,7 +352,7 @@ def dead_map(table: pd.DataFrame, title: str) -> Figure:
 
 
 def ways(table: pd.DataFrame, title: str) -> Figure:
-    """For each stuck model a panel: a bar for each way on, what it began with and what it reached.
+    """For each model a panel: a bar for each way on, what it began with and what it reached.
 
     Args:
         table: columns model, way, before, reached (validation accuracy at alpha 0, percent).
@@ -366,8 +366,11 @@ def ways(table: pd.DataFrame, title: str) -> Figure:
         for ax, model in zip(panels, models, strict=True):
             own = table[table["model"] == model]
             place = [names.index(w) for w in own["way"]]
-            bars = ax.barh(place, own["reached"], height=0.6, color="royalblue")
-            ax.bar_label(bars, fmt="{:.1f}", padding=3, fontsize="small")
+            ax.barh(place, own["reached"], height=0.6, color="royalblue")
+            for at, reached, before in zip(place, own["reached"], own["before"], strict=True):
+                # Behind the bar, or behind the stroke where that is further out.
+                ax.annotate(f"{reached:.1f}", (max(reached, before), at), xytext=(4, 0), textcoords="offset points",
+                            va="center", fontsize="small")  # fmt: skip
             ax.plot(
                 own["before"], place, ls="", marker="|", ms=13, mew=2.2, color="darkorange", label="before"
             )

@@ -31,7 +31,7 @@ STYLE = sns.axes_style("whitegrid") | sns.plotting_context("paper", font_scale=1
     "grid.color": "#e3e3e3",
     "axes.edgecolor": "#777777",
 }  # fmt: skip
-MARKERS = ("o", "s", "^", "D", "v", "P", "*")
+MARKERS = ("o", "s", "^", "D", "v", "P", "*", "X")
 LIGHT, DARK = "#b9c0c8", "#3d4650"  # ends of the greys of stages to which the report gives no colour
 
 
