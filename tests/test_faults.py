@@ -198,6 +198,24 @@ def test_a_signal_while_a_command_loads_is_one_line_too(tmp_path, number, line, 
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        ["-m", "alphaprune.experiment", "params/smoke/fig4.yaml", "--why"],
+        ["-m", "alphaprune.comparison", "controls", "smoke", "--why"],
+    ],
+    ids=lambda line: line[1],
+)
+def test_a_listing_that_nobody_reads_to_its_end_is_one_line_too(line):
+    run = subprocess.Popen(
+        [sys.executable, *line], cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    run.stdout.close()  # as `| head` does once it has enough
+    errors = run.stderr.read()
+    assert run.wait() == 128 + signal.SIGPIPE
+    assert errors == "alphaprune: nobody reads the output any more; stopped\n"
+
+
 def test_two_at_once_train_no_stage_twice(twins, fault):
     undisturbed, project = twins
     both = [start(project), start(project)]

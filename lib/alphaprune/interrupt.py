@@ -107,7 +107,7 @@ def while_importing() -> None:
 
 @contextmanager
 def ending_with_a_line() -> Iterator[None]:
-    """For a command: a signal ends it with one line and the usual exit code."""
+    """For a command: a signal, or that nobody reads its output any more (`| head`), ends it with one line and the usual exit code."""
 
     def handler(number: int, frame: FrameType | None) -> None:
         raise Interrupted(number)
@@ -115,6 +115,12 @@ def ending_with_a_line() -> Iterator[None]:
     try:
         with _handled(handler):
             yield
+            sys.stdout.flush()
     except Interrupted as e:
         print(f"alphaprune: {e}", file=sys.stderr)
         raise SystemExit(e.exit_code) from None
+    except BrokenPipeError:
+        # What is still in the buffer goes nowhere, or Python would fail on it once more as it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        print("alphaprune: nobody reads the output any more; stopped", file=sys.stderr)
+        raise SystemExit(128 + signal.SIGPIPE) from None
