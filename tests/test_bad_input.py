@@ -35,16 +35,17 @@ from PIL import Image
 from safetensors.torch import save
 
 from alphaprune import UsageError, data, yaml_text
+from alphaprune.certificate import Certificate
 from alphaprune.comparison import load_comparison
 from alphaprune.comparison import main as compare_main
 from alphaprune.data import Split
 from alphaprune.errors import Damaged
 from alphaprune.experiment import Experiment
 from alphaprune.experiment import main as experiment_main
-from alphaprune.fold import Certificate
 from alphaprune.image_folder import load_folder
 from alphaprune.models import vgg16
-from alphaprune.prune import load_pruned, prune
+from alphaprune.prune import prune
+from alphaprune.pruned import load_pruned
 from alphaprune.records import (
     SEAL,
     FinalRecord,

@@ -18,7 +18,8 @@ from conftest import ROOT
 
 from alphaprune.errors import Damaged
 from alphaprune.experiment import Experiment
-from alphaprune.prune import load_pruned, prune
+from alphaprune.prune import prune
+from alphaprune.pruned import load_pruned
 from alphaprune.records import FinalRecord, read_record, write_record
 
 WHOLE = bool(os.environ.get("ALPHAPRUNE_FAULTS"))

@@ -14,7 +14,8 @@ from alphaprune import UsageError, data, fold
 from alphaprune.experiment import COLUMNS, Experiment, main
 from alphaprune.measure import parameters
 from alphaprune.models import resnet20
-from alphaprune.prune import Pruned, load_pruned, prune
+from alphaprune.prune import prune
+from alphaprune.pruned import Pruned, load_pruned
 from alphaprune.results import TRAINED, Results
 from alphaprune.results import main as results_of
 from alphaprune.stage_networks import StageNetworks

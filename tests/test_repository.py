@@ -6,6 +6,7 @@ import importlib
 import json
 import re
 import subprocess
+import sys
 import tomllib
 
 import pytest
@@ -154,3 +155,17 @@ def test_tables_of_pages_are_those_of_the_records(monkeypatch):
         assert controls.written(text, tables) == text, "run python docs/controls.py"
         used += re.findall("<!-- table: (.*) -->", text)
     assert sorted(used) == sorted(tables)
+
+
+def test_figures_and_report_are_drawn_from_records_without_torch():
+    """It takes seconds to load, and they come last, when nothing else is left to do."""
+    drawn = (
+        "import sys\n"
+        "from alphaprune.plots import stage_curves\n"
+        "from alphaprune.results import Results\n"
+        "results = Results('gpu')\n"
+        "stage_curves(results.experiments['fig4'].curves(), 'Figure 4', fold_now=True)\n"
+        "assert results.provenance() and results.pruned and len(results.summaries()) > 20\n"
+        "assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", drawn], cwd=ROOT, check=True)

@@ -131,7 +131,7 @@ def test_a_signal_stops_at_the_next_safe_point_and_nothing_is_lost(tmp_path, mon
     expected = fit(whole, TRAIN, VAL, RECIPE, "key", tmp_path / "whole.safetensors")
     calls = []
 
-    def measure(epoch):
+    def measure(epoch, accuracy):
         if (at, epoch) in {("the end of an epoch", 2), ("the last epoch", 4)}:
             os.kill(os.getpid(), number)
         return {}

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from alphaprune.bundle import save_bundle
+    from alphaprune.certificate import Certificate
     from alphaprune.errors import UsageError
-    from alphaprune.fold import Certificate, fold
+    from alphaprune.fold import fold
     from alphaprune.inference import optimise_for_inference
     from alphaprune.parallel import ParallelModel
     from alphaprune.plan import Plan, plan
@@ -26,7 +27,7 @@ __all__ = [
     "save_bundle",
 ]
 
-_MODULES = {"Certificate": "fold", "ParallelModel": "parallel", "Plan": "plan", "UsageError": "errors", "fold": "fold",
+_MODULES = {"Certificate": "certificate", "ParallelModel": "parallel", "Plan": "plan", "UsageError": "errors", "fold": "fold",
             "optimise_for_inference": "inference", "plan": "plan",
             "save_bundle": "bundle"}  # fmt: skip
 

@@ -132,7 +132,7 @@ def _epochs(network: nn.Module, train: Split, batch: int, accelerator: Accelerat
     taken: list[float] = []
     begun = 0.0
 
-    def ended(epoch: int) -> dict[str, float]:
+    def ended(epoch: int, accuracy: float) -> dict[str, float]:
         if epoch > 1:
             taken.append(clock() - begun)
         return {}

@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from alphaprune.certificate import Certificate
 from alphaprune.compare import close, first_difference, run
 from alphaprune.errors import UsageError
-from alphaprune.fold import Certificate
 from alphaprune.model_file import model_source
 from alphaprune.onnx_file import check_installed, save_onnx
 from alphaprune.parallel import ParallelModel

@@ -11,7 +11,8 @@ from torch import nn
 from alphaprune.errors import UsageError
 from alphaprune.experiment import Experiment
 from alphaprune.provenance import merged
-from alphaprune.prune import folded, load_pruned, pruned_provenance
+from alphaprune.prune import folded
+from alphaprune.pruned import load_pruned, pruned_provenance
 from alphaprune.settings import load_settings, project_root
 
 ORIGINAL = "original"

@@ -9,12 +9,12 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
-from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from alphaprune.certificate import Certificate
 from alphaprune.channel_map import compose, compose_bias
 from alphaprune.compare import real_tensors
 from alphaprune.errors import UsageError
@@ -24,79 +24,6 @@ from alphaprune.modes import in_eval_mode
 from alphaprune.parallel import ParallelModel
 from alphaprune.storage import as_bytes
 from alphaprune.trace import as_inputs
-
-# Largest difference, relative to the largest value, that rounding explains.
-TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
-
-
-@dataclass(frozen=True)
-class Certificate:
-    """How far the folded network is from the one it came from, measured on the same images.
-
-    Attributes:
-        layers: for each reduced mixer its name, the largest absolute difference behind it, and the largest
-            absolute value there.
-        logits: largest absolute difference of the logits, or whatever the network gives; of several outputs, of the
-            one that differs most for its size.
-        largest_logit: largest absolute logit of the unfolded network.
-        agreement: share of images with the same predicted class, 0..1.
-        spread: largest difference that the logits of two images have; near 0, the network says the same of every
-            image, and equal predictions mean nothing.
-        images: how many images were compared.
-        dtype: of the weights and images.
-        alpha: of the unfolded network. Anything but 0.0 means that a fold was forced.
-        weights_sha256: of the folded network's state dict as a safetensors file, which says of which weights all this
-            was found; None in older records.
-    """
-
-    layers: tuple[tuple[str, float, float], ...]
-    logits: float
-    largest_logit: float
-    agreement: float
-    spread: float
-    images: int
-    dtype: str
-    alpha: float | tuple[float, ...]
-    weights_sha256: str | None = None
-
-    @property
-    def relative(self) -> float:
-        """Largest difference of the logits as a share of the largest logit."""
-        return self.logits / self.largest_logit if self.largest_logit else self.logits
-
-    @property
-    def exact(self) -> bool:
-        """Whether rounding explains every difference: 1e-4 of the largest value in float32, 1e-10 in float64.
-
-        The layers count too, since logits can agree where all that differs was cut off by a ReLU.
-        """
-        tolerance = TOLERANCE.get(getattr(torch, self.dtype), 1e-2)
-        pairs = [*((d, largest) for _, d, largest in self.layers), (self.logits, self.largest_logit)]
-        return all(difference <= tolerance * largest for difference, largest in pairs)
-
-    @property
-    def dead(self) -> bool:
-        """Whether the unfolded network gives the same for every image, up to rounding."""
-        return self.images > 1 and self.spread <= 1e-5 * self.largest_logit
-
-    @classmethod
-    def from_record(cls, record: dict[str, Any]) -> Certificate:
-        """The certificate that `dataclasses.asdict` wrote and JSON returned, lists for tuples; other keys are passed over."""
-        alpha = record["alpha"]
-        return cls(
-            **{f.name: record[f.name] for f in fields(cls) if f.name in record}
-            | {
-                "layers": tuple(tuple(row) for row in record["layers"]),
-                "alpha": tuple(alpha) if isinstance(alpha, list) else alpha,
-            }
-        )
-
-    def __str__(self) -> str:
-        return (
-            f"{'exact' if self.exact else 'NOT exact'}: logits differ by at most {self.logits:.2e} "
-            f"({self.relative:.1e} of the largest), {self.agreement:.2%} equal predictions on {self.images} images, {self.dtype}"
-            f"{'; the unfolded network gives the same for every image' if self.dead else ''}"
-        )
 
 
 @torch.no_grad()
@@ -143,7 +70,7 @@ def fold(
         raise UsageError(
             f"{type(small).__name__} gives NaN or infinite numbers for these images; look at weights and images first"
         )
-    if certificate.relative > 100 * TOLERANCE.get(getattr(torch, certificate.dtype), 1e-2) and not force:
+    if certificate.relative > 100 * certificate.tolerance and not force:
         raise UsageError(
             f"the folded {type(small).__name__} differs from the model ({certificate}): its forward() uses weights or numbers of "
             "channels other than by calling layers; fold(..., force=True) gives it all the same"

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from alphaprune import data, pretrained
+from alphaprune.certificate import Certificate
 from alphaprune.course import FOLD_NOW_RUNNING
 from alphaprune.experiment import Experiment
-from alphaprune.fold import Certificate, fold
+from alphaprune.fold import fold
 from alphaprune.measure import multiply_adds, parameters
 from alphaprune.methods import final, final_file
 from alphaprune.parallel import ParallelModel

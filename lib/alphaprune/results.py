@@ -21,7 +21,7 @@ from alphaprune import plots
 from alphaprune.errors import UsageError
 from alphaprune.experiment import Experiment
 from alphaprune.provenance import merged
-from alphaprune.prune import fold_command, load_pruned, pruned_provenance
+from alphaprune.pruned import fold_command, load_pruned, pruned_provenance
 from alphaprune.scorecard import load_claims, score
 from alphaprune.settings import project_root
 

@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from alphaprune.certificate import Certificate
 from alphaprune.compare import real_tensors
 from alphaprune.errors import UsageError
 from alphaprune.exact import full_float32
-from alphaprune.fold import Certificate, compare
+from alphaprune.fold import compare
 from alphaprune.modes import in_eval_mode
 from alphaprune.trace import MIXING_LAYERS, Trace, as_inputs, layers_in_place, trace
 

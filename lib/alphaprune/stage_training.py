@@ -55,10 +55,10 @@ def train_stage(of: Stages, node: Node, data: images.Dataset, progress: Progress
         seen = next(images.batches(val.to(next(model.parameters()).device), SHARE_IMAGES))[0]
         return {f"{WIDE_SHARE}{layer}": s for layer, s in wide_share(model, seen).items()}
 
-    def measure(epoch: int) -> dict[str, float]:
+    def measure(epoch: int, accuracy: float) -> dict[str, float]:
         if stage.alpha is None or epoch % s.fold_now_every:
             return {}
-        return {FOLD_NOW_RUNNING: fold_now(model, val), **share()}
+        return {FOLD_NOW_RUNNING: accuracy if model.alpha == 0 else fold_now(model, val), **share()}
 
     def anneal(done: float) -> bool:
         """Alpha as it is when a share of the stage is done; whether it is the stage's."""
@@ -77,7 +77,8 @@ def train_stage(of: Stages, node: Node, data: images.Dataset, progress: Progress
         anneal(1.0)  # also where it ended early
     metrics = {"val_accuracy": outcome.reached}
     if stage.alpha is not None:
-        metrics[FOLD_NOW_AT_END] = fold_now(model, val)
+        of_the_best = [r["value"] for r in outcome.history if (r["metric"], r["epoch"]) == (FOLD_NOW_RUNNING, outcome.best_epoch)]  # fmt: skip
+        metrics[FOLD_NOW_AT_END] = of_the_best[0] if of_the_best else fold_now(model, val)
         last = {"step": outcome.steps, "epoch": outcome.epochs, "split": "val"}
         outcome.history.append(last | {"metric": FOLD_NOW_AT_END, "value": metrics[FOLD_NOW_AT_END]})
     digest = save_tensors(of.weights(node), model.state_dict())

@@ -83,7 +83,7 @@ def fit(
     after_epoch: Callable[[Outcome], None] = lambda outcome: None,
     objective: Objective | None = None,
     teacher: nn.Module | None = None,
-    measure: Callable[[int], dict[str, float]] = lambda epoch: {},
+    measure: Callable[[int, float], dict[str, float]] = lambda epoch, accuracy: {},
     identity: str | None = None,
     anneal: Callable[[float], bool] | None = None,
     accelerator: Accelerator | None = None,
@@ -100,8 +100,8 @@ def fit(
         after_epoch: called after every epoch, once the state is on disk; on a GPU it may be that of some seconds ago.
         objective: what to train for; cross entropy with the labels if None.
         teacher: the network to learn from, where the objective asks for one.
-        measure: called after every epoch with its number, and before the first with 0, for more to note of the
-            validation images; it leaves the model as it was.
+        measure: called after every epoch with its number and the validation accuracy, and before the first with 0 and that, for
+            more to note of the validation images; it leaves the model as it was.
         anneal: called before every step, and at the end of every epoch, with the share of all steps that is done, to change the model; returns
             whether it is what it shall be in the end, and is not changed any more. Of the epochs, only those that end so can be the best. The number of steps has to be
             known: with "one_cycle" alone.
@@ -145,7 +145,7 @@ def fit(
 
     if not state.resume():
         loss, accuracy = evaluate(model, val, accelerator=accelerator)
-        state.note("val", loss=loss, accuracy=accuracy, **measure(0))
+        state.note("val", loss=loss, accuracy=accuracy, **measure(0, accuracy))
         state.keep_best(accuracy)
         state.since = time.monotonic()  # the time of training is counted
     outcome = state.outcome
@@ -180,7 +180,7 @@ def fit(
             state.read()
             arrived = anneal(outcome.steps / all_steps)
             val_loss, accuracy = evaluate(model, val, accelerator=accelerator)
-            state.note("val", loss=val_loss, accuracy=accuracy, **measure(outcome.epochs))
+            state.note("val", loss=val_loss, accuracy=accuracy, **measure(outcome.epochs, accuracy))
             state.note("train", lr=optimizer.param_groups[0]["lr"])
             outcome.diverged = not all(math.isfinite(row["value"]) for row in outcome.history)
             if outcome.diverged:
