@@ -166,8 +166,8 @@ def measure(sizes: Sizes = SIZES, say: Callable[[str], None] = print) -> pd.Data
     s = sizes
     groups: dict[str, Callable[[], list[dict[str, Any]]]] = {
         "training, one thread": lambda: training_steps(s.quick_width, s.batch, 1, s.seconds),
-        f"training, {s.threads} threads": lambda: training_steps(s.full_width, s.batch, s.threads, s.seconds),
-        "data path": lambda: data_path(s.quick_width, s.batch, s.seconds / 4),
+        f"training, {s.threads} threads": lambda: training_steps(s.full_width, s.batch, s.threads, 2 * s.seconds),
+        "data path": lambda: data_path(s.quick_width, s.batch, s.seconds / 10),
         "VGG-16": lambda: inference(f"VGG-16 of width {s.full_width:g}", vgg16(s.full_width), torch.randn(s.batch, 3, 32, 32), s.threads, s.seconds),
         "ResNet-18": lambda: inference("ResNet-18", torchvision.models.resnet18(), torch.randn(s.resnet_batch, 3, s.resnet_side, s.resnet_side), s.threads, s.seconds),
         "once": lambda: once(s.full_width, s.fit_images, s.threads),
@@ -177,6 +177,6 @@ def measure(sizes: Sizes = SIZES, say: Callable[[str], None] = print) -> pd.Data
     blended.alpha = 0.5
     for name, network in (("plain", vgg16(s.quick_width)), ("alpha 0.5", blended)):
         groups[f"compiled, {name}"] = partial(
-            _on_one_thread, compiled_on, "cpu", f"{of_width}, {name}", network, x, s.seconds / 4
+            _on_one_thread, compiled_on, "cpu", f"{of_width}, {name}", network, x, s.seconds / 10
         )
     return all_rows(groups, say)

@@ -324,17 +324,17 @@ def measure_gpu(sizes: Sizes = SIZES, say: Callable[[str], None] = print) -> pd.
     x, of_width = torch.randn(s.batch, 3, 32, 32), f"VGG-16 of width {s.full_width:g}"
     groups: dict[str, Callable[[], list[dict[str, Any]]]] = {
         f"batch {batch}": partial(
-            training_on, "cuda", s.full_width, batch, s.epoch_images, s.seconds / 20, peak
+            training_on, "cuda", s.full_width, batch, s.epoch_images, s.seconds / 50, peak
         )
         for batch in (s.batch, 4 * s.batch)
     }
-    groups["deployed"] = partial(deployed_on, "cuda", s.full_width, s.batch, s.seconds / 20)
+    groups["deployed"] = partial(deployed_on, "cuda", s.full_width, s.batch, s.seconds / 50)
     groups["deployed, replayed"] = partial(
-        replayed_on, s.full_width, (1, s.batch, 8 * s.batch), s.seconds / 20
+        replayed_on, s.full_width, (1, s.batch, 8 * s.batch), s.seconds / 50
     )
     for name, network in _with_branches_and_folded(s.full_width, x).items():
         compiler = name in ("plain", "folded")  # of branches it leaves most as it is
         groups[name] = partial(
-            compiled_on, "cuda", f"{of_width}, {name}", network, x, s.seconds / 10, compiler
+            compiled_on, "cuda", f"{of_width}, {name}", network, x, s.seconds / 25, compiler
         )
     return all_rows(groups, say)

@@ -45,7 +45,7 @@ class Sizes:
     resnet_side: int = 224
     fit_images: int = 2000
     threads: int = 2
-    seconds: float = 40.0
+    seconds: float = 100.0
     epoch_images: int = 45_000
 
 
