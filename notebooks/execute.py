@@ -14,8 +14,9 @@ if __name__ == "__main__":
     from alphaprune.interrupt import while_importing
 
     while_importing()
-# A checker of addresses that jsonschema takes where it is installed, and nbformat never asks; to build its grammar takes two seconds.
-sys.modules.setdefault("rfc3987_syntax", None)
+import without_addresses  # noqa: F401
+
+# isort: split
 
 import argparse
 import builtins

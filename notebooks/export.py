@@ -7,10 +7,9 @@ A page carries what its figures were made from, as `python -m alphaprune.provena
 
 from __future__ import annotations
 
-import sys
+import without_addresses  # noqa: F401
 
-# A checker of addresses that jsonschema takes where it is installed, and nbformat never asks; to build its grammar takes two seconds.
-sys.modules.setdefault("rfc3987_syntax", None)
+# isort: split
 
 import argparse
 import base64

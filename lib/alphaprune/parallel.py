@@ -30,6 +30,7 @@ from alphaprune.channel_map import ChannelMap, compose, compose_bias
 from alphaprune.compare import real_tensors
 from alphaprune.errors import UsageError
 from alphaprune.exact import full_float32
+from alphaprune.few_channels import batch_norm
 from alphaprune.graph import ChannelLayer, Mixer, attribute, read
 from alphaprune.initialise import fit_branches, put_back
 from alphaprune.modes import in_eval_mode
@@ -414,6 +415,8 @@ class ParallelModel(nn.Module):
         if node.op == "call_module":
             own = narrow and layer is not None and layer.key in self.narrow_layers
             module = self.narrow_layers[layer.key] if own else self.network.get_submodule(node.target)
+            if own and isinstance(module, nn.BatchNorm2d) and not kwargs:
+                return batch_norm(module, *args)
         return call(node, module, args, kwargs)
 
 

@@ -5,6 +5,7 @@ The claims and the rules that judge them are data, `params/claims.yaml`; nothing
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal
@@ -99,3 +100,19 @@ def score(claims: list[Claim], accuracy: Callable[[str], float | None]) -> pd.Da
         )
     columns = ["id", "experiment", "claim", "report", "ours", "difference", "rule", "verdict"]
     return pd.DataFrame(rows, columns=columns).round({"report": 2, "ours": 2, "difference": 2})
+
+
+def guessing(images: int, classes: int = 10) -> float:
+    """The accuracy, a share of 1, that guessing does not exceed on so many images in 19 of 20 cases.
+
+        p + 1.645 sqrt(p (1 - p) / images),   p = 1 / classes
+
+    Source:
+        the normal approximation of a binomial distribution, its 95 % quantile.
+
+    Example:
+        >>> round(guessing(1000), 3)
+        0.116
+    """
+    p = 1 / classes
+    return p + 1.645 * math.sqrt(p * (1 - p) / images)
