@@ -1,10 +1,12 @@
 """Memory is watched in a process of its own; what narrows a network lowers it."""
 
+import weakref
+
 import pytest
 import torch
 from torch import nn
 
-from alphaprune import UsageError
+from alphaprune import ParallelModel, UsageError
 from alphaprune.memory import memory
 from alphaprune.models import vgg16
 
@@ -50,3 +52,18 @@ def test_training_takes_more_than_looking_and_narrow_less_than_wide():
 def test_what_cannot_be_measured_is_refused(network, message):
     with pytest.raises(UsageError, match=message):
         memory(network, torch.zeros(2, 5), seconds=0.1)
+
+
+@pytest.mark.parametrize("alpha", [1.0, 0.5, 0.0])
+def test_a_forward_pass_holds_no_activation_longer_than_it_is_read(alpha):
+    model = ParallelModel(vgg16(0.125), 0.34375, torch.randn(2, 3, 32, 32)).eval()
+    model.alpha = alpha
+    relus = [m for m in model.modules() if isinstance(m, torch.nn.ReLU)]
+    made = []
+    for relu in relus:
+        relu.register_forward_hook(lambda layer, given, out: made.append(weakref.ref(out)))
+    alive = []
+    relus[-1].register_forward_hook(lambda *_: alive.append(sum(out() is not None for out in made)))
+    with torch.no_grad():
+        model(torch.randn(2, 3, 32, 32))
+    assert len(made) >= 13 and max(alive) <= 4

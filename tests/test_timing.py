@@ -52,7 +52,8 @@ def test_all_have_their_turn_when_the_machine_slows_down(monkeypatch):
 
     table = alternate({"a": slower_and_slower("a", 0.05), "b": slower_and_slower("b", 0.05)}, seconds=4)
     in_turns = calls[6:]  # behind three of each that set the number of calls
-    assert in_turns == ["a", "a", "b", "b"] * (len(in_turns) // 4)  # the first of two does not count
+    there_and_back = ["a", "a", "b", "b", "b", "b", "a", "a"]  # the first of two does not count
+    assert in_turns == (there_and_back * len(in_turns))[: len(in_turns)]
     assert table.at["b", "ratio"] == pytest.approx(1, abs=0.15) and not table["trusted"].any()
 
 
@@ -75,11 +76,11 @@ def test_nor_is_what_another_process_computed_beside(monkeypatch):
 
 
 def test_what_it_started_itself_is_none_of_the_others():
-    busy = "import time\nwhile time.process_time() < 0.5: pass"
+    busy = "import time\nwhile time.process_time() < 1.0: pass"
     before = moment()
     subprocess.run([sys.executable, "-c", busy], check=True)
     after = moment()
-    assert after[2] - before[2] >= 0.5
+    assert after[2] - before[2] >= 0.5  # the system counts in ticks, and may miss some
     blamed = cores_of_others(before, (*after[:2], before[2])) - cores_of_others(before, after)
     assert blamed > 0
 

@@ -147,6 +147,7 @@ class ParallelModel(nn.Module):
         if init != "random":
             self.widths = select(self.widths, batches)
         self._narrow = self._narrow_nodes()
+        self._last_read = self.structure.trace.last_read()
 
         self.reduce, self.expand, self.narrow_layers = nn.ModuleDict(), nn.ModuleDict(), nn.ModuleDict()
         self.narrow_parameters = nn.ParameterDict()
@@ -324,21 +325,24 @@ class ParallelModel(nn.Module):
 
     def forward(self, *inputs: Tensor) -> Any:
         """What the network gives, for the blend at the present alpha: (N, C, H, W) -> (N, classes), say."""
-        return self.run(*inputs)[0]
+        return self._pass(inputs, None)
 
     def run(self, *inputs: Tensor) -> tuple[Any, dict[str, Tensor]]:
         """The output, and what the narrow program holds behind each reduced mixer, by layer name (where computed)."""
-        values: dict[str, dict[str, Any]] = {WIDE: {}, NARROW: {}}
         behind_mixers: dict[str, Tensor] = {}
+        return self._pass(inputs, behind_mixers), behind_mixers
+
+    def _pass(self, inputs: tuple[Tensor, ...], behind_mixers: dict[str, Tensor] | None) -> Any:
+        values: dict[str, dict[str, Any]] = {WIDE: {}, NARROW: {}}
         remaining = iter(inputs)
         for node in self.structure.trace.graphs[self.training].nodes:
             if node.op == "placeholder":
                 values[WIDE][node.name] = next(remaining)
             elif node.op == "output":
-                return fx.node.map_arg(node.args[0], lambda n: values[WIDE][n.name]), behind_mixers
+                return fx.node.map_arg(node.args[0], lambda n: values[WIDE][n.name])
             elif node.name in self.structure.mixers:
                 self._mix(node, self.structure.mixers[node.name], values)
-                if node.name in values[NARROW]:
+                if behind_mixers is not None and node.name in values[NARROW]:
                     behind_mixers[self.structure.mixers[node.name].name] = values[NARROW][node.name]
             else:
                 for program in (WIDE, NARROW):
@@ -346,6 +350,11 @@ class ParallelModel(nn.Module):
                         narrow = program == NARROW
                         before = ChainMap(values[NARROW], values[WIDE]) if narrow else values[WIDE]
                         values[program][node.name] = self.channelwise(node, before, narrow)
+            for name in self._last_read[
+                node.name
+            ]:  # its memory, still in the caches, is what the next layer writes to
+                values[WIDE].pop(name, None)
+                values[NARROW].pop(name, None)
         raise AssertionError("a traced graph ends with an output node")
 
     def _mix(self, node: fx.Node, m: Mixer, values: dict[str, dict[str, Any]]) -> None:

@@ -32,7 +32,7 @@ COLUMNS = ["median", "iqr", "spread", "runs", "ratio", "others", "trusted", "thr
 def alternate(
     alternatives: Mapping[str, Callable[[], Any]], seconds: float = 5.0, threads: int | None = None
 ) -> pd.DataFrame:
-    """Time functions in turns, one block of each in a round, until the time is up.
+    """Time functions in turns, one block of each in a round, every second round backwards, until the time is up.
 
     Whoever's turn it is is called once without being timed, then timed: once, or as often as it takes to fill 20 ms, of which
     the mean counts. `torch.utils.benchmark` measures so too, with the same clock, but one function after another and not in turns.
@@ -68,7 +68,8 @@ def alternate(
         calls = {name: _calls_in_a_block(t) for name, t in timers.items()}
         before, started = moment(), clock()
         while len(first) < ROUNDS or clock() - started < seconds:
-            for name, t in timers.items():
+            # Back and forth: to follow what is heavy, which warms the CPU and fills the memory, falls on no one alone.
+            for name, t in list(timers.items())[:: 1 if len(first) % 2 == 0 else -1]:
                 t.timeit(1)  # its numbers come back into the caches; threads of the one before go to sleep
                 times[name].append(t.timeit(calls[name]) / calls[name])
         table = pd.DataFrame([_row(own, first) for own in times.values()])

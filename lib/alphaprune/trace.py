@@ -51,6 +51,15 @@ class Trace:
     def nodes(self) -> list[fx.Node]:
         return list(self.graphs[False].nodes)
 
+    def last_read(self) -> dict[str, list[str]]:
+        """By node name the nodes that it is the last to read, in either mode."""
+        found: dict[str, list[str]] = {}
+        later: set[str] = set()
+        for node in reversed(self.nodes):
+            found[node.name] = [n.name for n in node.all_input_nodes if n.name not in later]
+            later.update(found[node.name])
+        return found
+
     def module(self, node: fx.Node) -> nn.Module | None:
         """The layer a node calls, None if it calls something else."""
         return self.network.get_submodule(node.target) if node.op == "call_module" else None
