@@ -86,7 +86,7 @@ help:
 	@echo "make test-faults         kill, damage, fill the disk: what is survived (10 minutes), into docs/faults.md"
 	@echo "make data                fetch CIFAR-10 or check what is there"
 	@echo "make verify              three smoke reproductions, compared: is the same command the same result?"
-	@echo "make benchmark           how fast it is, against what it replaces, and the whole reproduction timed (30 minutes)"
+	@echo "make benchmark           how fast it is, against what it replaces, and the whole reproduction timed (22 minutes)"
 	@echo "make benchmark-check     the same without that; fails where a ratio falls short of its target"
 	@echo "make benchmark-gpu       on a GPU: training epochs, what is deployed, CUDA graphs, torch.compile (a few minutes)"
 	@echo "make audit               known vulnerabilities of what requirements.lock names"

@@ -6,8 +6,6 @@ channels lie last, k neighbouring places are k C columns of a matrix, as they ar
     (N, C, H, W), channels last  =  (N H W, C)  =  (N H W / k, k C)
 
     mean = 1/k sum_j mean_j,   var = 1/k sum_j (var_j + (mean_j - mean)^2)        over the k columns j of a channel
-
-Of 5 channels at 32 x 32, 128 images, that takes a fifth of the time, forward and backward.
 """
 
 from __future__ import annotations
