@@ -25,6 +25,7 @@ from alphaprune.benchmark_rows import (
 )
 from alphaprune.data import Split, batches
 from alphaprune.deployment import deployment
+from alphaprune.few_channels import REGISTER
 from alphaprune.fold import fold
 from alphaprune.models import vgg16
 from alphaprune.narrowing import folded_at_once, torch_pruning
@@ -36,7 +37,6 @@ from alphaprune.timing import (
     torch_threads,
 )
 
-REGISTER = 16  # numbers of float32 in the widest registers of a CPU
 ROUNDED = f"folded, multiples of {REGISTER}"
 # A training step with branches, as a share of the plain network's.
 STEP_TARGETS = {
