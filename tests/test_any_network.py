@@ -345,11 +345,25 @@ class Auxiliary(nn.Module):
         return (self.b(x), self.aux(x)) if self.training else self.b(x)
 
 
+class OtherWay(nn.Module):
+    """The same layers in the same order, but what they read."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(2, 8, 1), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)
+
+    def forward(self, x):
+        a = self.a(x)
+        b = self.b(a)
+        return self.c(b) + (a if self.training else b)
+
+
 @pytest.mark.parametrize(
     ("network", "message"),
     [
         (Overwritten(), "Overwritten overwrites 'a' at 'relu' and goes on using it"),
         (Auxiliary(), "computes something else in training mode, with 'aux'"),
+        (OtherWay(), "OtherWay computes something else in training mode;"),
     ],
 )
 def test_networks_whose_trace_is_another_function_are_refused(network, message):

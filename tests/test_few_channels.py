@@ -58,14 +58,45 @@ def test_a_gradient_that_nobody_asks_for_is_not_there_and_the_rest_is():
     assert x.grad is None
 
 
+def test_a_gradient_of_its_gradient_is_torchs():
+    torch.manual_seed(0)
+    x = images(16, 5, 32)
+    torchs, ours = layers(5)
+    penalties = []
+    for layer, y in ((torchs, torchs(x)), (ours, few_channels.batch_norm(ours, x))):
+        dx = torch.autograd.grad(y.exp().sum(), x, create_graph=True)[0]
+        penalties.append(torch.autograd.grad(dx.square().sum(), (x, *layer.parameters())))
+    for a, b in zip(*penalties, strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-8, atol=1e-8 * float(a.abs().max()))
+
+
+class Doubling(nn.BatchNorm2d):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def doubled(layer):
+    plain = layer.forward
+    layer.forward = lambda x: 2 * plain(x)
+    return layer
+
+
+def without_count(layer):
+    layer.num_batches_tracked = None
+    return layer
+
+
 LEFT_TO_TORCH = {
-    "many channels": lambda: (layers(64)[0], images(16, 64, 32)),
+    "channels that fill registers": lambda: (layers(24)[0], images(16, 24, 32)),
     "channels first": lambda: (layers(5)[0], images(16, 5, 32).detach().contiguous()),
     "in eval mode": lambda: (layers(5)[0].eval(), images(16, 5, 32)),
     "without weights": lambda: (layers(5, affine=False)[0], images(16, 5, 32)),
     "without statistics": lambda: (layers(5, track_running_stats=False)[0], images(16, 5, 32)),
     "statistics of all batches": lambda: (layers(5, momentum=None)[0], images(16, 5, 32)),
-    "a layer of its own kind": lambda: (nn.SyncBatchNorm(5).eval(), images(16, 5, 32, torch.float32)),
+    "without bias": lambda: (nn.BatchNorm2d(5, bias=False, dtype=torch.float64), images(16, 5, 32)),
+    "without a count of batches": lambda: (without_count(layers(5)[0]), images(16, 5, 32)),
+    "a layer of its own kind": lambda: (Doubling(5, dtype=torch.float64), images(16, 5, 32)),
+    "a forward() of its own": lambda: (doubled(layers(5)[0]), images(16, 5, 32)),
     "places that do not divide": lambda: (layers(5)[0], images(17, 5, 31)),
 }
 
@@ -73,15 +104,26 @@ LEFT_TO_TORCH = {
 @pytest.mark.parametrize("case", LEFT_TO_TORCH)
 def test_what_else_there_is_is_called_as_it_is(case):
     layer, x = LEFT_TO_TORCH[case]()
-    twin = copy.deepcopy(layer)
+    twin = LEFT_TO_TORCH[case]()[0]  # a copy would call the forward() of the first
+    twin.load_state_dict(layer.state_dict())
     assert torch.equal(few_channels.batch_norm(layer, x), twin(x))
     assert all(torch.equal(a, b) for a, b in zip(layer.buffers(), twin.buffers(), strict=True))
 
 
-def test_hooks_are_called():
+HOOKS = {
+    "before": lambda layer, call: layer.register_forward_pre_hook(call),
+    "behind": lambda layer, call: layer.register_forward_hook(call),
+    "backward": lambda layer, call: layer.register_full_backward_hook(call),
+    "of all modules": lambda layer, call: nn.modules.module.register_module_forward_hook(call),
+}
+
+
+@pytest.mark.parametrize("kind", HOOKS)
+def test_hooks_are_called(kind):
     (layer, _), seen = layers(5), []
-    layer.register_forward_hook(lambda *_: seen.append(1))
-    few_channels.batch_norm(layer, images(16, 5, 32))
+    hook = HOOKS[kind](layer, lambda *_: seen.append(1))
+    few_channels.batch_norm(layer, images(16, 5, 32)).sum().backward()
+    hook.remove()
     assert seen == [1]
 
 

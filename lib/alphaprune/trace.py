@@ -229,7 +229,8 @@ def _check_same(graphs: dict[bool, fx.Graph], name: str) -> None:
     if listed[True] == listed[False]:
         for node, same in zip(graphs[True].nodes, graphs[False].nodes, strict=True):
             node.name = same.name  # tensors made in forward() are numbered on
-    else:
+    read = {mode: [[r.name for r in n.all_input_nodes] for n in g.nodes] for mode, g in graphs.items()}
+    if listed[True] != listed[False] or read[True] != read[False]:
         seen = {target for _, target in listed[False]}
         extra = [target for op, target in listed[True] if op == "call_module" and target not in seen]
         raise UsageError(
