@@ -152,14 +152,8 @@ $(R)/notebooks/pruned.ipynb: $(H)/notebooks/03_fold_and_verify.ipynb $(H)/params
 why: | $(READY)
 	@$(BIN)/python -m alphaprune.experiment --why $(wildcard $(foreach e,pretrain $(EXPERIMENTS) pretrain_resnet20 resnet20_narrow resnet20_plain unfinished adaptive,params/$(PRESET)/$(e).yaml))
 ifneq ($(PRESET),gpu)
-	@$(BIN)/python -m alphaprune.comparison cliff $(PRESET) --why
-	@$(BIN)/python -m alphaprune.comparison controls $(PRESET) --why
+	@$(BIN)/python -m alphaprune.comparison cliff controls rounded mirrored $(if $(filter report,$(PRESET)),full_size) $(PRESET) --why
 	@$(BIN)/python -m alphaprune.comparison controls $(PRESET) --budgets --why
-	@$(BIN)/python -m alphaprune.comparison rounded $(PRESET) --why
-	@$(BIN)/python -m alphaprune.comparison mirrored $(PRESET) --why
-endif
-ifeq ($(PRESET),report)
-	@$(BIN)/python -m alphaprune.comparison full_size $(PRESET) --why
 endif
 
 # It has the report's experiments alone.

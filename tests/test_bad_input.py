@@ -1245,6 +1245,12 @@ def test_any_text_as_a_parameter_file(fuzzed, text):
     json.dumps(found, default=str, skipkeys=True)  # plain values only
 
 
+def test_what_was_read_can_be_changed_and_is_read_again_as_it_was():
+    text = "a: [{b: 1}, 2]"
+    yaml_text.parse(text)["a"][0]["b"] = 3
+    assert yaml_text.parse(text) == {"a": [{"b": 1}, 2]}
+
+
 @cases(10)
 @given(st.binary(max_size=200) | yaml_text_of_pieces.map(str.encode))
 def test_any_bytes_as_a_file(tmp_path_factory, content):

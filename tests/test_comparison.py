@@ -172,6 +172,9 @@ def test_why_names_what_would_be_trained_and_what_changed(prepared, capsys, monk
         f"controls --budgets, {one}: 4 of 5 runs are to be trained, lr {best}; at keep_ratio 0.5, seed 0, .* times the budget: .*\n",
         capsys.readouterr().out,
     )
+    main(["mirrored", "controls", "smoke", "--why"])
+    several = [line.partition(", ")[0] for line in capsys.readouterr().out.splitlines()]
+    assert list(dict.fromkeys(several)) == ["mirrored", "controls"]
     file = prepared / "params" / "smoke" / "controls.yaml"
     file.write_text(yaml.safe_dump(yaml.safe_load(file.read_text()) | {"weight_decay": 0.01}))
     changed = r"\(recipe.weight_decay [\d.]+ -> 0.01\)"

@@ -530,7 +530,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m alphaprune.comparison", description="Run several methods on the same images."
     )
-    parser.add_argument("name", help="a file in params/, such as controls")
+    parser.add_argument("name", nargs="+", help="a file in params/, such as controls")
     parser.add_argument("preset")
     parser.add_argument("--method", action="append", default=[], help="only this; may be given several times")
     parser.add_argument("--keep-ratio", action="append", default=[], type=float)
@@ -549,24 +549,14 @@ def main(arguments: list[str] | None = None) -> None:
 
     try:
         with ending_with_a_line():
-            if args.why:
-                asked = (args.method, args.keep_ratio, args.seed, args.budgets)
-                print(*reasons(args.name, args.preset, None, *asked), sep="\n")
-                return
-            table = compare(
-                args.name,
-                args.preset,
-                None,
-                args.method,
-                args.keep_ratio,
-                args.seed,
-                args.jobs,
-                args.budgets,
-                say,
-            )
-        print(
-            (table if args.budgets else summary(table)).to_string(index=False, float_format="{:.4g}".format)
-        )
+            for name in args.name:
+                asked = (name, args.preset, None, args.method, args.keep_ratio, args.seed)
+                if args.why:
+                    print(*reasons(*asked, args.budgets), sep="\n")
+                    continue
+                table = compare(*asked, args.jobs, args.budgets, say)
+                shown = table if args.budgets else summary(table)
+                print(shown.to_string(index=False, float_format="{:.4g}".format))
     except UsageError as e:
         print(f"alphaprune: {e}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -6,6 +6,8 @@ anchors), recurses as deep as the text is nested, and lets the last of two equal
 
 from __future__ import annotations
 
+import copy
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -84,13 +86,18 @@ def parse(text: str) -> Any:
         ValueError: saying what is wrong with it.
     """
     try:
-        loader = _Loader(text)
-        try:
-            return loader.get_single_data()
-        finally:
-            loader.dispose()
+        return copy.deepcopy(_parsed(text))
     except (yaml.YAMLError, ValueError, OverflowError) as e:  # such as 2020-99-99, read as a date
         raise ValueError(" ".join(str(e).split())[:200]) from None
+
+
+@lru_cache  # 20 ms each, and a comparison reads the same few files thousands of times
+def _parsed(text: str) -> Any:
+    loader = _Loader(text)
+    try:
+        return loader.get_single_data()
+    finally:
+        loader.dispose()
 
 
 def read(path: Path) -> Any:
