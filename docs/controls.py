@@ -41,7 +41,9 @@ def blocks() -> dict[str, str]:
         "one ratio": _one(one),
         "all": _all(rows),
         "aims": _aims(rows),
-        "mirrored": _mirrored(rows),
+        "mirrored": _against(rows, "mirrored", "mirrored", "cropped", "mirrored alone"),
+        "small batches": _against(rows, "small_batches", "batches of 64", "batches of 128", "batches of 64"),
+        "ten seeds": _ten_seeds(),
         "course": _course(),
         "cliff": _cliff(),
         "budgets": _budgets(),
@@ -117,14 +119,21 @@ def _aims(rows: pd.DataFrame) -> str:
     return _table(["aim", *map(str, RATIOS)], lines)
 
 
-def _mirrored(cropped: pd.DataFrame) -> str:
-    """Images mirrored alone, beside the same methods with cropped ones; then what each loses against the original, in percent of what the report's recipe loses."""
-    rows = summary(pd.read_csv(RESULTS / "mirrored.csv"))
-    rows["beside"] = rows["method"].str.replace(", mirrored", "")
-    before = original("mirrored", "quick", ROOT)["test_accuracy"]
-    pairs = rows.merge(cropped, left_on=["beside", "keep_ratio"], right_on=["method", "keep_ratio"])
+def _against(controls: pd.DataFrame, name: str, other: str, plain: str, changed: str) -> str:
+    """A comparison of the same methods trained otherwise beside those of `controls`; then what each loses against the original, in percent of what the report's recipe loses.
+
+    Args:
+        controls: the rows of `controls`.
+        name: the comparison.
+        other: what its methods are called beyond the names of `controls`.
+        plain, changed: how `controls` and it train, in words.
+    """
+    rows = summary(pd.read_csv(RESULTS / f"{name}.csv"))
+    rows["beside"] = rows["method"].str.replace(f", {other}", "")
+    before = original(name, "quick", ROOT)["test_accuracy"]
+    pairs = rows.merge(controls, left_on=["beside", "keep_ratio"], right_on=["method", "keep_ratio"])
     if len(pairs) != len(rows):
-        raise SystemExit("a method of results/quick/mirrored.csv has no partner in controls.csv")
+        raise SystemExit(f"a method of results/quick/{name}.csv has no partner in controls.csv")
     report = pairs[pairs["beside"] == "report's recipe"].set_index("keep_ratio")
     lines = []
     for _, p in pairs.sort_values("test_mean_x", ascending=False).iterrows():
@@ -138,21 +147,27 @@ def _mirrored(cropped: pd.DataFrame) -> str:
             )
         )
         accuracies = (f"{p[f'test_mean_{s}']:.2f} ± {p[f'test_std_{s}']:.2f}" for s in "yx")
+        gain = f"{p['test_mean_x'] - p['test_mean_y']:+.2f}"
         rates = f"{p['lr_y']:g}, {p['lr_x']:g}"
-        lines.append(
-            [
-                p["beside"],
-                f"{p['keep_ratio']:g}",
-                *accuracies,
-                f"{p['test_mean_x'] - p['test_mean_y']:+.2f}",
-                rates,
-                *shares,
-            ]
-        )
-    head = ["method", "keep_ratio", "cropped", "mirrored alone", "gain", "rate, cropped and mirrored"]
-    loses = "points lost, in percent of the report's recipe's:"
-    of_loss = [f"{loses} both cropped", "both mirrored alone", "mirrored alone, of the report's cropped"]
-    return _table([*head, *of_loss], lines)
+        lines.append([p["beside"], f"{p['keep_ratio']:g}", *accuracies, gain, rates, *shares])
+    head = ["method", "keep_ratio", plain, changed, "gain", f"rate, {plain} and {changed}"]
+    loses = f"points lost, in percent of the report's recipe's: both {plain}"
+    return _table([*head, loses, f"both {changed}", f"{changed}, of the report's {plain}"], lines)
+
+
+def _ten_seeds() -> str:
+    """Two methods with more seeds, and what the first loses in percent of the second, with its standard error:  s / sqrt(n)  of a mean, relative ones added as squares."""
+    rows = summary(pd.read_csv(RESULTS / "ten_seeds.csv")).set_index("method")
+    rows["lost"] = original("ten_seeds", "quick", ROOT)["test_accuracy"] - rows["test_mean"]
+    rows["error"] = rows["test_std"] / rows["seeds"] ** 0.5
+    report = rows.loc["report's recipe"]
+    lines = []
+    for method, r in rows.iterrows():
+        share = 100 * r["lost"] / report["lost"]
+        error = share * ((r["error"] / r["lost"]) ** 2 + (report["error"] / report["lost"]) ** 2) ** 0.5
+        of_report = "" if method == "report's recipe" else f"{share:.1f} ± {error:.1f} %"
+        lines.append([method, f"{r['seeds']}", f"{r['test_mean']:.2f} ± {r['test_std']:.2f}", f"{r['lost']:.2f} ± {r['error']:.2f}", of_report])  # fmt: skip
+    return _table(["method", "seeds", "test accuracy", "points lost, standard error", "of the report's recipe's"], lines)  # fmt: skip
 
 
 def _reached(text: str, holds: bool) -> str:
