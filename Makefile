@@ -157,7 +157,7 @@ ifneq ($(PRESET),gpu)
 endif
 
 # It has the report's experiments alone.
-params/gpu/%.yaml params/own_network/gpu%yaml:
+params/gpu/%.yaml params/%/gpu.yaml:
 	@echo "alphaprune: the preset gpu has no $*; use PRESET=quick or PRESET=report" >&2; exit 2
 
 # ---- beyond the report: notebooks of their own
