@@ -35,7 +35,7 @@ import seals
 from traitlets.config import Config
 
 from alphaprune import yaml_text
-from alphaprune.errors import UsageError, shown
+from alphaprune.errors import UsageError, like, shown
 from alphaprune.storage import JOURNAL
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -59,6 +59,17 @@ def _parameters(file: Path | None, given: list[list[str]]) -> dict[str, Any]:
     return found
 
 
+def _check_known(notebook: Path, parameters: dict[str, Any]) -> None:
+    """Papermill sets names that a notebook never reads. One with `experiment` takes every setting, and checks them itself."""
+    if not notebook.is_file():
+        raise UsageError(f"{notebook} does not exist; the notebooks are in notebooks/")
+    known = papermill.inspect_notebook(str(notebook))
+    if known and "experiment" not in known:
+        for name in parameters:
+            if name not in known:
+                raise UsageError(f"parameter {shown(name)} is unknown in {notebook}{like(name, known)}")
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Run a notebook; its output appears when it is done.")
     parser.add_argument("notebook", type=Path)
@@ -71,6 +82,7 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     try:
         parameters = _parameters(args.file, args.parameter)
+        _check_known(args.notebook, parameters)
     except UsageError as e:
         print(f"alphaprune: {e}", file=sys.stderr)
         return 2

@@ -41,6 +41,11 @@ def test_own_network(whole_project):
     # A folder of one's own leaves what make has made alone.
     run = [sys.executable, "notebooks/execute.py", "notebooks/07_your_own_network.ipynb", "out.ipynb"]
     own = ["-f", "params/own_network/smoke.yaml", "-p", "images", "results/smoke/own_images"]
+    misspelt = subprocess.run([*run, "-p", "image", "x"], cwd=whole_project, capture_output=True, text=True)
+    assert (misspelt.returncode, misspelt.stderr.count("\n")) == (2, 1)
+    assert (
+        "'image' is unknown in notebooks/07_your_own_network.ipynb; did you mean 'images'?" in misspelt.stderr
+    )
     subprocess.run(run + own, cwd=whole_project, check=True)
     assert (whole_project / "results" / "own" / "bundle" / "weights.safetensors").is_file()
     again = make(whole_project, "own-network")

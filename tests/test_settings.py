@@ -94,7 +94,7 @@ STAGE = STAGES[0]
 ADAPTIVE = {"lr": 0.001, "from": "a0.5-lr0.001"}
 BAD = {
     "misspelt key": ({"keepratio": 0.5}, r"fig4\.yaml: parameter 'keepratio' is unknown; did you mean 'keep_ratio'\?"),
-    "unknown key": ({"zzz": 1}, r"'zzz' is unknown; known are: preset"),
+    "unknown key": ({"zzz": 1}, r"'zzz' is unknown; there are: preset"),
     "misspelt stage key": ({"stages": [STAGE | {"trainwide": True}]}, r"stages\.0\.trainwide: unknown parameter; did you mean 'train_wide'"),
     "number as text": ({"stages": [STAGE | {"lr": "1e-3"}]}, r"stages\.0\.lr: '1e-3' is text, a number is needed; YAML reads 1\.0e-3"),
     "setting as text": ({"weight_decay": "5e-4"}, r"weight_decay: '5e-4' is text"),

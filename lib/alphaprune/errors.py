@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
 import re
+from collections.abc import Iterable
 from typing import Any
 
 LONGEST = 2000  # characters of a message
 LONGEST_VALUE = 60  # of a value in it
+LISTED = 40  # names that there are
 
 
 class UsageError(ValueError):
@@ -29,6 +32,14 @@ class Damaged(UsageError):
 
 class Missing(UsageError):
     """What another command makes first; the message names that command."""
+
+
+def like(name: str, known: Iterable[str]) -> str:
+    """For an error about a name: the one that was meant, or those there are."""
+    names = list(known)
+    close = difflib.get_close_matches(name[:LONGEST_VALUE], names, 1)
+    more = ", ..." if len(names) > LISTED else ""
+    return f"; did you mean '{close[0]}'?" if close else f"; there are: {', '.join(names[:LISTED])}{more}"
 
 
 def shown(value: Any) -> str:

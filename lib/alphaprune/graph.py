@@ -9,7 +9,6 @@ cannot be narrowed, and with them all that are tied to them.
 
 from __future__ import annotations
 
-import difflib
 import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -22,7 +21,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_flatten
 
-from alphaprune.errors import UsageError
+from alphaprune.errors import UsageError, like
 from alphaprune.rules import DRAWING, Rule, describe, rule_of
 from alphaprune.ties import Ties, atoms
 from alphaprune.trace import MIXING_LAYERS, NORMS, TRANSPOSED, Trace
@@ -626,9 +625,3 @@ def attribute(network: nn.Module, name: str) -> Tensor:
     """A parameter or buffer by its qualified name."""
     owner, _, last = name.rpartition(".")
     return getattr(network.get_submodule(owner), last)
-
-
-def like(name: str, known: list[str]) -> str:
-    """For an error about a name: the one that was meant, or those there are."""
-    close = difflib.get_close_matches(name, known, 1)
-    return f"; did you mean '{close[0]}'?" if close else f"; there are: {', '.join(known[:12])}"

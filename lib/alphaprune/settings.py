@@ -8,7 +8,6 @@ another preset, so that a preset says only what differs.
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from alphaprune import yaml_text
-from alphaprune.errors import UsageError, shown
+from alphaprune.errors import UsageError, like, shown
 from alphaprune.recipe import LARGEST_RIDGE, RIDGE, Augment, Draw, Init, Objective, Recipe
 from alphaprune.schedule import THRESHOLD, Kind, Order, alphas, falling
 
@@ -331,7 +330,7 @@ def check_names(given: Mapping[str, Any], source: str) -> None:
     for key in given:
         if key in ("preset", "experiment") or key not in KEYS:
             known = [k for k in KEYS if k not in ("preset", "experiment")]
-            raise UsageError(f"{source}: parameter '{str(key)[:60]}' is unknown{_like(str(key), known)}")
+            raise UsageError(f"{source}: parameter '{str(key)[:60]}' is unknown{like(str(key), known)}")
 
 
 def load_settings(preset: str, experiment: str, root: Path | None = None, **given: Any) -> Settings:
@@ -367,7 +366,7 @@ def load_settings(preset: str, experiment: str, root: Path | None = None, **give
     for source, content in sources.items():
         for key in content:
             if key not in KEYS:
-                raise UsageError(f"{source}: parameter '{str(key)[:60]}' is unknown{_like(str(key), KEYS)}")
+                raise UsageError(f"{source}: parameter '{str(key)[:60]}' is unknown{like(str(key), KEYS)}")
             origin[key] = source
         merged |= content
     if (other := merged.pop("stages_of", None)) is not None:
@@ -461,7 +460,7 @@ def _validate(
         value = first.get("input")
         message = first["msg"]
         if first["type"] == "extra_forbidden":
-            message = f"unknown parameter{_like(str(first['loc'][-1]), [f.alias or n for n, f in model.model_fields.items()])}"
+            message = f"unknown parameter{like(str(first['loc'][-1]), [f.alias or n for n, f in model.model_fields.items()])}"
         elif first["type"] == "missing":
             message = "missing; add it here or in preset.yaml"
         elif isinstance(value, str) and first["type"] in ("float_type", "int_type"):
@@ -475,8 +474,3 @@ def _validate(
             message = f"{message}, not {shown(value)}"
         file = origin.get(key, file)
         raise UsageError(f"{file}: {key}: {message}" if key else f"{file}: {message}") from None
-
-
-def _like(key: str, known: Any) -> str:
-    close = difflib.get_close_matches(key[:60], list(known), 1)
-    return f"; did you mean '{close[0]}'?" if close else f"; known are: {', '.join(known)}"

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_flatten
 
-from alphaprune.errors import UsageError
-from alphaprune.graph import MIXING_FUNCTIONS, ChannelLayer, Mixer, Structure, attribute, like, matches
+from alphaprune.errors import UsageError, like
+from alphaprune.graph import MIXING_FUNCTIONS, ChannelLayer, Mixer, Structure, attribute, matches
 from alphaprune.rules import OUT_OF_PLACE, describe
 from alphaprune.trace import Trace
 
