@@ -15,21 +15,24 @@ if TYPE_CHECKING:
     from alphaprune.inference import optimise_for_inference
     from alphaprune.parallel import ParallelModel
     from alphaprune.plan import Plan, plan
+    from alphaprune.training import accuracy, training
 
 __all__ = [
     "Certificate",
     "ParallelModel",
     "Plan",
     "UsageError",
+    "accuracy",
     "fold",
     "optimise_for_inference",
     "plan",
     "save_bundle",
+    "training",
 ]
 
-_MODULES = {"Certificate": "certificate", "ParallelModel": "parallel", "Plan": "plan", "UsageError": "errors", "fold": "fold",
-            "optimise_for_inference": "inference", "plan": "plan",
-            "save_bundle": "bundle"}  # fmt: skip
+_MODULES = {"Certificate": "certificate", "ParallelModel": "parallel", "Plan": "plan", "UsageError": "errors", "accuracy": "training",
+            "fold": "fold", "optimise_for_inference": "inference", "plan": "plan", "save_bundle": "bundle",
+            "training": "training"}  # fmt: skip
 
 
 class _Face(ModuleType):

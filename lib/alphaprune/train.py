@@ -205,26 +205,35 @@ def fit(
     return outcome
 
 
-@torch.no_grad()
 def _check_labels(model: nn.Module, *splits: Split) -> None:
     """Refuse images that the network cannot take and labels that are none of its classes, before any training."""
     for split in splits:
         if len(split) == 0:
             raise UsageError("there are no images to train on or to validate with; give at least one of each")
         image, _ = next(batches(split.to(next(model.parameters()).device).first(1), 1))
-        try:
-            with in_eval_mode(model):
-                classes = model(image).shape[1]
-        except RuntimeError as e:
-            raise UsageError(
-                f"images of {tuple(split.images.shape[1:])} do not fit the network ({str(e)[:200]}); give others"
-            ) from None
-        lowest, highest = split.labels.min().item(), split.labels.max().item()
-        if lowest < 0 or highest >= classes:
-            raise UsageError(
-                f"labels go from {lowest} to {highest}, but the network tells {classes} classes apart; "
-                f"give labels 0 to {classes - 1}, or a network with more classes"
-            )
+        check_labels(split.labels, classes_of(model, image))
+
+
+@torch.no_grad()
+def classes_of(model: nn.Module, images: Tensor) -> int:
+    """How many classes a network tells apart (raises UsageError if the images, (N, C, H, W), do not fit it)."""
+    try:
+        with in_eval_mode(model):
+            return model(images).shape[1]
+    except RuntimeError as e:
+        raise UsageError(
+            f"images of {tuple(images.shape[1:])} do not fit the network ({str(e)[:200]}); give others"
+        ) from None
+
+
+def check_labels(labels: Tensor, classes: int) -> None:
+    """Raise UsageError if a label is none of so many classes."""
+    lowest, highest = labels.min().item(), labels.max().item()
+    if lowest < 0 or highest >= classes:
+        raise UsageError(
+            f"labels go from {lowest} to {highest}, but the network tells {classes} classes apart; "
+            f"give labels 0 to {classes - 1}, or a network with more classes"
+        )
 
 
 def accelerator_for_this_machine(cpu: bool = False) -> Accelerator:

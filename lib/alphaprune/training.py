@@ -1,0 +1,182 @@
+"""A network trained on a loader of one's own: the recipe, for images that are not held in memory.
+
+`train.fit` is for the experiments, whose images are, and can be gone on with to the bit. This is a loop over epochs:
+
+    for epoch in training(model, loader, epochs=6, lr=0.01, teacher=network):
+        print(epoch)
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Iterator, Sized
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import OneCycleLR
+
+from alphaprune.allocator import keep_freed_memory
+from alphaprune.captured import Gradients
+from alphaprune.errors import UsageError, shown
+from alphaprune.faulty_kernels import without_them
+from alphaprune.memory_format import channels_last
+from alphaprune.modes import in_eval_mode
+from alphaprune.objective import Loss
+from alphaprune.parallel import ParallelModel
+from alphaprune.recipe import Objective
+from alphaprune.schedule import falling
+from alphaprune.train import accelerator_for_this_machine, check_labels, classes_of
+
+DISTILLED = 0.9  # share of the teacher's soft labels in the loss
+MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4
+LOOKED_AFTER = 100  # steps after which it is looked whether the loss is still finite: a GPU is waited for
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """What an epoch came to: which of how many it was, the mean loss, alpha at its end (None without branches), seconds."""
+
+    number: int
+    of: int
+    loss: float
+    alpha: float | None
+    seconds: float
+
+    def __str__(self) -> str:
+        alpha = "" if self.alpha is None else f", alpha {self.alpha:.2f}"
+        return f"epoch {self.number}/{self.of}: loss {self.loss:.3f}{alpha}, {self.seconds:.0f} s"
+
+
+def training(
+    model: nn.Module,
+    loader: Iterable[Any],
+    epochs: int,
+    lr: float,
+    teacher: nn.Module | None = None,
+) -> Iterator[Epoch]:
+    """Train a model in place, an epoch each time the next is asked for.
+
+    SGD with momentum, its rate rising over a fifth of the steps and falling to 0 in the others. A `ParallelModel` is annealed: in every batch
+    each layer's alpha is 0 or 1, and 1 with a probability that falls from 1 to 0 over the first half of the steps; from there on it runs at alpha 0.
+    Where there is a GPU the model is moved there and trained in bf16; it stays there.
+
+    Args:
+        model: a network, or a `ParallelModel` of one. Between epochs and at the end it is in eval mode.
+        loader: gives batches of images, (N, C, H, W), and labels, (N,) whole numbers; with a length, such as a DataLoader.
+        epochs: how many, at least 1.
+        lr: the highest learning rate, above 0.
+        teacher: the network whose soft labels are nine tenths of the loss, such as the one that is pruned; the labels alone if None.
+
+    Yields:
+        What each epoch came to.
+
+    Raises:
+        UsageError: if an argument or a batch is not as it should be, or the loss is no longer finite; then the model is as it was after the epoch before.
+
+    Source:
+        Xu et al., BERT-of-Theseus, 2020 (alpha); Hinton et al., Distilling the knowledge in a neural network, 2015.
+    """
+    if not isinstance(epochs, int) or epochs < 1:
+        raise UsageError(f"epochs is {shown(epochs)}; give a whole number, 1 at least")
+    if not (isinstance(lr, int | float) and 0 < lr < math.inf):
+        raise UsageError(f"lr is {shown(lr)}; give a number above 0, such as 0.01")
+    if not isinstance(loader, Sized) or len(loader) == 0:
+        raise UsageError(
+            "the loader has no batches, or no length to know the number of steps by; give a DataLoader of a dataset with a length"
+        )
+    return _epochs(model, loader, epochs, lr, teacher)
+
+
+def _epochs(
+    model: nn.Module, loader: Any, epochs: int, lr: float, teacher: nn.Module | None
+) -> Iterator[Epoch]:
+    keep_freed_memory()
+    accelerator = accelerator_for_this_machine()
+    device = accelerator.device
+    channels_last(model.to(device))
+    annealed = isinstance(model, ParallelModel)
+    objective = Objective(distill=DISTILLED if teacher else 0.0, draw="bernoulli" if annealed else "fixed")
+    loss_of = Loss(objective, model, model, teacher)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
+    steps = epochs * len(loader)
+    cycle = OneCycleLR(optimizer, lr, steps, pct_start=0.2, cycle_momentum=False)
+    gradients = Gradients(loss_of, model, trained, accelerator)
+    done, classes = 0, None
+    for number in range(1, epochs + 1):
+        began, good = time.monotonic(), {k: v.clone() for k, v in model.state_dict().items()}
+        sums = torch.zeros(2, device=device)  # loss, images
+        model.train()
+        with without_them(model):
+            for step, batch in enumerate(loader, 1):
+                images, labels = _pair(batch)
+                if annealed:
+                    model.alpha = falling(2 * done / steps, 1.0, 0.0)
+                if classes is None:
+                    classes = classes_of(model, images[:1].to(device))
+                check_labels(labels, classes)
+                images, labels = (t.to(device, non_blocking=True) for t in (images, labels))
+                loss, _ = gradients(images, labels, loss_of.is_alike)
+                optimizer.step()
+                if done + 1 < steps:  # one more than there are is an error
+                    cycle.step()
+                done += 1
+                sums += torch.stack([loss * len(labels), loss.new_tensor(len(labels))])
+                if step % LOOKED_AFTER == 0:
+                    _check_finite(sums, model, good, number, lr)
+        _check_finite(sums, model, good, number, lr)
+        if annealed:
+            model.alpha = falling(2 * done / steps, 1.0, 0.0)
+        model.eval()
+        loss, images = sums.tolist()
+        alpha = float(model.alpha) if annealed else None
+        yield Epoch(number, epochs, loss / images, alpha, time.monotonic() - began)
+
+
+def _pair(batch: Any) -> tuple[Tensor, Tensor]:
+    """Images and labels of a batch."""
+    if not isinstance(batch, tuple | list) or len(batch) != 2 or not all(map(torch.is_tensor, batch)):
+        raise UsageError(
+            f"the loader gives {type(batch).__name__} {shown(batch)}; a batch is two tensors, images and labels"
+        )
+    images, labels = batch
+    if labels.shape != images.shape[:1] or labels.is_floating_point():
+        raise UsageError(
+            f"the labels of a batch are {labels.dtype} of shape {tuple(labels.shape)}; give one whole number an image, as CrossEntropyLoss takes them"
+        )
+    return images, labels
+
+
+def _check_finite(sums: Tensor, model: nn.Module, good: dict[str, Tensor], epoch: int, lr: float) -> None:
+    if not sums[0].isfinite():
+        model.load_state_dict(good)
+        model.eval()
+        raise UsageError(
+            f"epoch {epoch}: the loss is no longer finite; the model is as it was before this epoch. Take a lower rate than {lr:g}"
+        )
+
+
+@torch.no_grad()
+def accuracy(network: nn.Module, loader: Iterable[Any]) -> float:
+    """The share of images, 0 to 1, whose label a network gives its highest logit, in eval mode and where the network is.
+
+    Args:
+        network: with logits, (N, classes), as its output.
+        loader: as of `training`; a length is not needed.
+
+    Raises:
+        UsageError: if a batch is not images and labels, or there is none.
+    """
+    device = next(network.parameters()).device
+    right, seen = torch.zeros((), device=device), 0
+    with in_eval_mode(network):
+        for batch in loader:
+            images, labels = _pair(batch)
+            right += (network(images.to(device)).argmax(1) == labels.to(device)).sum()
+            seen += len(labels)
+    if seen == 0:
+        raise UsageError("the loader gives no batches; there is nothing to measure the accuracy on")
+    return right.item() / seen
