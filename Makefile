@@ -36,6 +36,7 @@ inputs = $(addprefix $(H)/,$(1))
 LIBRARY := $(H)/library
 EXECUTED := $(foreach e,pretrain $(EXPERIMENTS) pruned figures,$(R)/notebooks/$(e).ipynb)
 PAGES := $(patsubst $(R)/notebooks/%.ipynb,$(R)/html/%.html,$(EXECUTED))
+$(foreach name,preset jobs,$(if $(filter command,$(origin $(name))),$(error $(name)=$($(name)) is not read; write it in capitals, as PRESET=smoke or JOBS=1)))
 PRESETS := $(patsubst params/%/preset.yaml,%,$(wildcard params/*/preset.yaml))
 ifeq ($(filter $(PRESET),$(PRESETS)),)
 $(error preset '$(PRESET)' is unknown; there are: $(PRESETS))
@@ -64,6 +65,7 @@ reproduce-figures: $(R)/report.html $(PAGES)
 
 help:
 	@echo "make reproduce-figures   environment, data, every experiment, figures, scorecard, HTML report"
+	@echo "make environment         .venv from requirements.lock, with the library in it"
 	@echo "make test                environment, all checks"
 	@echo "make lab                 JupyterLab on the notebooks"
 	@echo "make figures             Figures 1 to 4 and the overview, PNG and SVG"

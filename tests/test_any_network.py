@@ -702,6 +702,7 @@ def nan_weights(model):
         (lambda net, x: ParallelModel(copy.deepcopy(net).to("meta"), 0.5, x), "'0.weight' is on the meta device"),
         (lambda net, x: ParallelModel(net, 0.5, (x, x)), "holds 2 inputs"),
         (lambda net, x: ParallelModel(net, 0.5, x[:0]), "example_input is empty"),
+        (lambda net, x: ParallelModel(net, x, 0.5), "keep_ratio is a tensor; the order is network, keep_ratio"),
         (lambda net, x: ParallelModel(net, 0.5, x * float("nan")), "example_input holds NaN"),
         (lambda net, x: ParallelModel(net, {3: 0.5}, x), "keep_ratio names 3"),
         (lambda net, x: ParallelModel(net, 0.5, x, exclude=5), "exclude is 5; give a list"),

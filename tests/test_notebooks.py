@@ -244,6 +244,11 @@ def test_an_unknown_preset_is_named(reproduced):
     assert done.returncode != 0 and "preset 'slow' is unknown; there are: " in done.stderr
 
 
+def test_a_preset_in_small_letters_is_not_passed_over(reproduced):
+    done = make(reproduced[0], "help", "preset=gpu")
+    assert done.returncode != 0 and "preset=gpu is not read; write it in capitals" in done.stderr
+
+
 def test_pretrain_trains_anew(reproduced):
     weights = reproduced[0] / "results" / "smoke" / "pretrained" / "vgg16.safetensors"
     (record,) = (reproduced[0] / "results" / "smoke" / "stages" / "pretrain").glob("*/run.json")

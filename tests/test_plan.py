@@ -78,6 +78,11 @@ def test_layers_that_no_ratio_names_stay_wide():
     assert table.loc["features.0", "out_folded"] == 8 and table.loc["features.3", "out_folded"] == 16
 
 
+def test_ratios_of_layers_are_counted_and_not_written_out():
+    said = planned(vgg16(0.25), keep_ratio={"features.0": 0.5, "features.3": 0.5}).totals()
+    assert "keep_ratio     one a layer, 2 given" in said and "features" not in said
+
+
 @pytest.mark.parametrize("keep_ratio", [0.34375, 0.5, 0.2])
 def test_channels_are_rounded_to_a_multiple(keep_ratio):
     table = plan(resnet18(), keep_ratio, torch.zeros(1, 3, 64, 64), round_to=8, latency=False).table

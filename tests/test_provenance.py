@@ -3,6 +3,8 @@
 import hashlib
 import json
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -145,6 +147,13 @@ def test_the_command_line_prints_it_for_people(tmp_path, capsys):
     ):
         assert line in printed.splitlines()
     assert "\x1b" not in as_text(record(tmp_path, "a", commit="\x1b[31m"))
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(tmp_path):
+    plots.save(Figure(), tmp_path / "figure", "Nothing.", record(tmp_path, "a"))
+    shown = f"{sys.executable} -m alphaprune.provenance {tmp_path / 'figure.png'} | true; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", shown], capture_output=True, text=True, check=True)
+    assert (done.stdout.strip(), done.stderr) == ("0", "")
 
 
 @pytest.mark.parametrize(

@@ -80,6 +80,7 @@ def ranking(summary: pd.DataFrame, title: str) -> Figure:
             ax.set_title(f"keep_ratio {ratio:g}")
             ax.set_yticks(range(len(order)), order)
             ax.set_ylim(-0.5, len(order) - 0.3)  # the number above the uppermost marker stays inside
+            ax.margins(x=0.08)  # as do those above the rightmost
             ax.grid(False, axis="y")
         figure.supxlabel("test accuracy, %; stroke: validation accuracy before training", fontsize="medium")
         figure.suptitle(title)

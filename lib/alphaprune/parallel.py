@@ -114,6 +114,8 @@ class ParallelModel(nn.Module):
         if inside := [name for name, m in network.named_modules() if isinstance(m, ParallelModel)]:
             where = f"holds one at '{inside[0]}'" if inside[0] else "is a ParallelModel"
             raise UsageError(f"network {where} already; pass the network it was made from")
+        if isinstance(keep_ratio, Tensor):
+            raise UsageError("keep_ratio is a tensor; the order is network, keep_ratio, example_input")
         if example_input is None:
             raise UsageError("example_input is missing; pass one batch of images as the network expects it")
         if sum(choice is not None for choice in (keep_ratio, for_macs, for_params)) > 1:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,7 +59,10 @@ class Plan:
                 f"milliseconds   {self.milliseconds:>15.1f} -> {self.milliseconds_folded:>13.1f}  ({share:.1%}), "
                 f"images {self.images}, threads {torch.get_num_threads()}"
             )
-        lines.append(f"keep_ratio     {self.keep_ratio}")
+        each = isinstance(self.keep_ratio, Mapping)
+        lines.append(
+            f"keep_ratio     {f'one a layer, {len(self.keep_ratio)} given' if each else self.keep_ratio}"
+        )
         wide = t[t["why_wide"] != ""]
         lines.append(f"{len(wide)} of {len(t)} layers keep all their channels")
         return "\n".join(lines)

@@ -9,6 +9,7 @@ import base64
 import html
 import io
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -124,7 +125,7 @@ def overview(summaries: pd.DataFrame, reported: pd.DataFrame) -> Figure:
             ax.plot(best.index, 100 * best, color=palette[name], lw=1.4, zorder=2)
             ax.scatter(
                 own["alpha"], 100 * own["val_accuracy"], edgecolor=palette[name], facecolor="none", marker=marker,
-                s=40, lw=1.4, label=name, zorder=3,
+                s=40, lw=1.4, label=_in_words(name), zorder=3,
             )  # fmt: skip
             theirs = reported[reported["experiment"] == name]
             ax.scatter(
@@ -149,6 +150,12 @@ def overview(summaries: pd.DataFrame, reported: pd.DataFrame) -> Figure:
         _percent(ax)
         figure.legend(loc="outside lower center", ncols=4, frameon=False)
     return figure
+
+
+def _in_words(experiment: str) -> str:
+    """Such as `Figure 1` for fig1, `section 2.1` for section21, `week before` for week_before."""
+    name = re.sub(r"^fig(\d)$", r"Figure \1", experiment)
+    return re.sub(r"^section(\d)(\d)$", r"section \1.\2", name).replace("_", " ")
 
 
 def _percent(ax: Axes) -> None:

@@ -266,7 +266,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("file", type=Path, help="a PNG, an SVG or an HTML page")
     args = parser.parse_args(arguments)
     try:
-        print(as_text(read(args.file)))
+        print(as_text(read(args.file)), flush=True)
+    except BrokenPipeError:  # whoever reads has seen enough, such as head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except UsageError as e:
         print(f"alphaprune: {e}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -9,7 +9,7 @@ another preset, so that a preset says only what differs.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, Literal
@@ -333,6 +333,13 @@ def check_names(given: Mapping[str, Any], source: str) -> None:
             raise UsageError(f"{source}: parameter '{str(key)[:60]}' is unknown{like(str(key), known)}")
 
 
+def check_preset(preset: str, presets: Iterable[str]) -> None:
+    """Raise UsageError if a preset is none of those there are."""
+    known = sorted(presets)
+    if preset not in known:
+        raise UsageError(f"preset {shown(preset)} is unknown; there are: {', '.join(known)}")
+
+
 def load_settings(preset: str, experiment: str, root: Path | None = None, **given: Any) -> Settings:
     """Read, merge and check the settings of an experiment.
 
@@ -347,8 +354,7 @@ def load_settings(preset: str, experiment: str, root: Path | None = None, **give
     """
     folder = (root or project_root()) / "params"
     presets = sorted(p.parent.name for p in folder.glob("*/preset.yaml"))
-    if preset not in presets:
-        raise UsageError(f"preset '{preset}' is unknown; there are: {', '.join(presets)}")
+    check_preset(preset, presets)
     experiments = sorted(p.stem for p in (folder / preset).glob("*.yaml") if p.stem != "preset")
     if experiment not in experiments:
         raise UsageError(
