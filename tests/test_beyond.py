@@ -46,7 +46,9 @@ def test_own_network(whole_project):
     assert (
         "'image' is unknown in notebooks/07_your_own_network.ipynb; did you mean 'images'?" in misspelt.stderr
     )
-    misspelt = subprocess.run([*run, "-p", "preset", "smok"], cwd=whole_project, capture_output=True, text=True)
+    misspelt = subprocess.run(
+        [*run, "-p", "preset", "smok"], cwd=whole_project, capture_output=True, text=True
+    )
     assert misspelt.returncode == 2 and "preset 'smok' is unknown; there are: " in misspelt.stderr
     assert not (whole_project / "results" / "smok").exists()
     subprocess.run(run + own, cwd=whole_project, check=True)

@@ -151,7 +151,9 @@ def test_the_command_line_prints_it_for_people(tmp_path, capsys):
 
 def test_a_reader_that_has_seen_enough_is_no_error(tmp_path):
     plots.save(Figure(), tmp_path / "figure", "Nothing.", record(tmp_path, "a"))
-    shown = f"{sys.executable} -m alphaprune.provenance {tmp_path / 'figure.png'} | true; echo ${{PIPESTATUS[0]}}"
+    shown = (
+        f"{sys.executable} -m alphaprune.provenance {tmp_path / 'figure.png'} | true; echo ${{PIPESTATUS[0]}}"
+    )
     done = subprocess.run(["bash", "-c", shown], capture_output=True, text=True, check=True)
     assert (done.stdout.strip(), done.stderr) == ("0", "")
 
