@@ -90,7 +90,8 @@ class Gradients:
                 for _ in range(WARM_UP):
                     self._passes(self.images, self.labels)
             main.wait_stream(aside)
-            with torch.cuda.graph(graph):
+            # Only what this thread calls is watched: a loader's own may pin memory meanwhile.
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 self.loss, self.logits = self._passes(self.images, self.labels)
             self.gradients = [p.grad for p in self.trained]
             self.graph = graph

@@ -35,7 +35,7 @@ def fold(
     Args:
         model: the parallel model; it is not changed.
         images: what the certificate is measured on, (N, C, H, W), a tuple for several inputs; the model's example
-            input if None.
+            input if None. They are moved to where the model is.
         force: fold at an alpha above 0 too; the certificate then says how far off that is.
 
     Returns:
@@ -61,11 +61,12 @@ def fold(
     for name in model.in_place:
         small.get_submodule(name).inplace = True
     small.requires_grad_(True).eval()
+    device = next(small.parameters()).device
     if images is None:
-        device = next(small.parameters()).device
         dtype = next(p.dtype for p in small.parameters() if p.is_floating_point())
         images = tuple(x.to(device, dtype if x.is_floating_point() else None) for x in model.example_input)
-    certificate = _certify(model, small, as_inputs(images))
+    inputs = tuple(x.to(device) if isinstance(x, Tensor) else x for x in as_inputs(images))
+    certificate = _certify(model, small, inputs)
     if not math.isfinite(certificate.logits) and not force:
         raise UsageError(
             f"{type(small).__name__} gives NaN or infinite numbers for these images; look at weights and images first"

@@ -255,7 +255,8 @@ def _cliff(ax: Axes, own: pd.DataFrame) -> None:
     share = recorded_shares(own).groupby("x", as_index=False)["y"].mean()
     now = own[own["metric"].isin(FOLD_NOW)].drop_duplicates("x", keep="last")
     label = f"validation accuracy{' at its alpha' if accuracy['alpha'].notna().any() else ''}"
-    ax.plot(accuracy["x"], accuracy["y"], color="#3d4650", lw=1.6, label=label)
+    # Wide enough to be seen below the other, with which it is one at alpha 0.
+    ax.plot(accuracy["x"], accuracy["y"], color="#3d4650", lw=3.2, label=label)
     if len(now):
         ax.plot(
             now["x"], now["y"], color="royalblue", marker="o", ms=4, lw=1.6, label="if it were folded now"

@@ -134,7 +134,12 @@ def fit(
     steps_an_epoch = recipe.steps_an_epoch(len(train))
     all_steps = recipe.max_epochs * steps_an_epoch
     if recipe.lr_schedule == "one_cycle":
-        scheduler: Any = OneCycleLR(optimizer, recipe.lr, all_steps, pct_start=0.2, cycle_momentum=False)
+        try:
+            scheduler: Any = OneCycleLR(optimizer, recipe.lr, all_steps, pct_start=0.2, cycle_momentum=False)
+        except ZeroDivisionError:  # of five steps the first is all of the rise
+            raise UsageError(
+                f"one_cycle cannot be taken over {all_steps} steps; give another number of epochs or a smaller batch_size"
+            ) from None
     else:
         scheduler = ReduceLROnPlateau(optimizer, factor=recipe.lr_factor, patience=recipe.lr_patience)
     stepper, prepared = accelerator.prepare(model, optimizer)
@@ -216,14 +221,21 @@ def _check_labels(model: nn.Module, *splits: Split) -> None:
 
 @torch.no_grad()
 def classes_of(model: nn.Module, images: Tensor) -> int:
-    """How many classes a network tells apart (raises UsageError if the images, (N, C, H, W), do not fit it)."""
+    """How many classes a network tells apart (raises UsageError if the images, (N, C, H, W), do not fit it, or it does not give logits alone)."""
     try:
         with in_eval_mode(model):
-            return model(images).shape[1]
-    except RuntimeError as e:
+            output = model(images)
+    except (RuntimeError, TypeError, StopIteration) as e:  # the last two of a network with several inputs
+        why = str(e)[:200] or "it takes more than one input"
         raise UsageError(
-            f"images of {tuple(images.shape[1:])} do not fit the network ({str(e)[:200]}); give others"
+            f"images of {tuple(images.shape[1:])} do not fit the network ({why}); give others"
         ) from None
+    if not isinstance(output, Tensor) or output.dim() != 2:
+        raise UsageError(
+            f"the network gives {type(output).__name__}{f' of shape {tuple(output.shape)}' if isinstance(output, Tensor) else ''}; "
+            "only one that gives logits, (images, classes), and nothing else, can be trained so"
+        )
+    return output.shape[1]
 
 
 def check_labels(labels: Tensor, classes: int) -> None:
@@ -237,7 +249,7 @@ def check_labels(labels: Tensor, classes: int) -> None:
 
 
 def accelerator_for_this_machine(cpu: bool = False) -> Accelerator:
-    """accelerate's choice of device, or the CPU in any case; bf16 on a GPU that has it, float32 elsewhere.
+    """A CUDA device if there is one, or the CPU in any case; bf16 on a GPU that has it, float32 elsewhere.
 
     For a CPU that is fast in bf16, such as one with AMX, accelerate's own ACCELERATE_MIXED_PRECISION=bf16 asks for that.
     """
@@ -245,7 +257,8 @@ def accelerator_for_this_machine(cpu: bool = False) -> Accelerator:
     asked = os.environ.get(PRECISION, "no")
     if not gpu and asked not in ("no", "bf16"):  # accelerate takes any text, and trains in float32
         raise UsageError(f"{PRECISION} is {shown(asked)}; a CPU trains in bf16, or without it in float32")
-    return Accelerator(mixed_precision="bf16" if gpu else None, cpu=cpu)
+    # Others than CUDA's, such as MPS, have no float64, which least squares and folding take.
+    return Accelerator(mixed_precision="bf16" if gpu else None, cpu=cpu or not torch.cuda.is_available())
 
 
 @torch.no_grad()

@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import OneCycleLR
 
 from alphaprune.allocator import keep_freed_memory
 from alphaprune.captured import Gradients
@@ -32,12 +31,13 @@ from alphaprune.train import accelerator_for_this_machine, check_labels, classes
 
 DISTILLED = 0.9  # share of the teacher's soft labels in the loss
 MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4
+RISING = 0.2  # share of the steps in which the rate rises
 LOOKED_AFTER = 100  # steps after which it is looked whether the loss is still finite: a GPU is waited for
 
 
 @dataclass(frozen=True)
 class Epoch:
-    """What an epoch came to: which of how many it was, the mean loss, alpha at its end (None without branches), seconds."""
+    """What an epoch came to: which of how many it was, the mean loss of its images, alpha at its end (None without branches), seconds."""
 
     number: int
     of: int
@@ -57,15 +57,16 @@ def training(
     lr: float,
     teacher: nn.Module | None = None,
 ) -> Iterator[Epoch]:
-    """Train a model in place, an epoch each time the next is asked for.
+    """Train a model in place: an epoch each time the next one is asked for, and nothing before.
 
     SGD with momentum, its rate rising over a fifth of the steps and falling to 0 in the others. A `ParallelModel` is annealed: in every batch
     each layer's alpha is 0 or 1, and 1 with a probability that falls from 1 to 0 over the first half of the steps; from there on it runs at alpha 0.
-    Where there is a GPU the model is moved there and trained in bf16; it stays there.
+    With a CUDA device the model is moved there, trained in bf16 if the device has that, and stays there.
 
     Args:
-        model: a network, or a `ParallelModel` of one. Between epochs and at the end it is in eval mode.
-        loader: gives batches of images, (N, C, H, W), and labels, (N,) whole numbers; with a length, such as a DataLoader.
+        model: a network of one input, with logits, (N, classes), as its one output, or a `ParallelModel` of such. Every module of it trains, those in
+            eval mode too; between epochs and at the end it is in eval mode.
+        loader: gives batches of images, (N, C, H, W), and labels, (N,) whole numbers, best on the CPU; with a length, such as a DataLoader.
         epochs: how many, at least 1.
         lr: the highest learning rate, above 0.
         teacher: the network whose soft labels are nine tenths of the loss, such as the one that is pruned; the labels alone if None.
@@ -74,7 +75,8 @@ def training(
         What each epoch came to.
 
     Raises:
-        UsageError: if an argument or a batch is not as it should be, or the loss is no longer finite; then the model is as it was after the epoch before.
+        UsageError: if an argument or a batch is not as it should be, or the loss is no longer finite. Whatever ends an epoch early, the model is as it
+            was after the one before.
 
     Source:
         Xu et al., BERT-of-Theseus, 2020 (alpha); Hinton et al., Distilling the knowledge in a neural network, 2015.
@@ -83,57 +85,89 @@ def training(
         raise UsageError(f"epochs is {shown(epochs)}; give a whole number, 1 at least")
     if not (isinstance(lr, int | float) and 0 < lr < math.inf):
         raise UsageError(f"lr is {shown(lr)}; give a number above 0, such as 0.01")
-    if not isinstance(loader, Sized) or len(loader) == 0:
+    try:
+        batches = len(loader)
+    except TypeError:
         raise UsageError(
-            "the loader has no batches, or no length to know the number of steps by; give a DataLoader of a dataset with a length"
-        )
-    return _epochs(model, loader, epochs, lr, teacher)
+            "the loader has no length, and the number of steps is not known; give a DataLoader of a dataset with a length"
+        ) from None
+    if batches == 0:
+        raise UsageError("the loader has no batches; with drop_last it needs as many images as one holds")
+    if not any(p.requires_grad for p in model.parameters()):
+        raise UsageError("no parameter of the model requires a gradient; there is nothing to train")
+    return _epochs(model, loader, epochs, batches * epochs, lr, teacher)
 
 
 def _epochs(
-    model: nn.Module, loader: Any, epochs: int, lr: float, teacher: nn.Module | None
+    model: nn.Module, loader: Any, epochs: int, steps: int, lr: float, teacher: nn.Module | None
 ) -> Iterator[Epoch]:
     keep_freed_memory()
     accelerator = accelerator_for_this_machine()
     device = accelerator.device
     channels_last(model.to(device))
     annealed = isinstance(model, ParallelModel)
-    objective = Objective(distill=DISTILLED if teacher else 0.0, draw="bernoulli" if annealed else "fixed")
-    loss_of = Loss(objective, model, model, teacher)
+    distill = DISTILLED if teacher is not None else 0.0
+    objective = Objective(distill=distill, draw="bernoulli" if annealed else "fixed")
+    loss_of = Loss(objective, model, lambda images: _logits(model(images)), teacher)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(trained, lr, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
-    steps = epochs * len(loader)
-    cycle = OneCycleLR(optimizer, lr, steps, pct_start=0.2, cycle_momentum=False)
     gradients = Gradients(loss_of, model, trained, accelerator)
     done, classes = 0, None
     for number in range(1, epochs + 1):
-        began, good = time.monotonic(), {k: v.clone() for k, v in model.state_dict().items()}
-        sums = torch.zeros(2, device=device)  # loss, images
-        model.train()
-        with without_them(model):
-            for step, batch in enumerate(loader, 1):
-                images, labels = _pair(batch)
-                if annealed:
-                    model.alpha = falling(2 * done / steps, 1.0, 0.0)
-                if classes is None:
-                    classes = classes_of(model, images[:1].to(device))
-                check_labels(labels, classes)
-                images, labels = (t.to(device, non_blocking=True) for t in (images, labels))
-                loss, _ = gradients(images, labels, loss_of.is_alike)
-                optimizer.step()
-                if done + 1 < steps:  # one more than there are is an error
-                    cycle.step()
-                done += 1
-                sums += torch.stack([loss * len(labels), loss.new_tensor(len(labels))])
-                if step % LOOKED_AFTER == 0:
-                    _check_finite(sums, model, good, number, lr)
-        _check_finite(sums, model, good, number, lr)
+        began, good = time.monotonic(), _Kept(model)
+        total, seen = torch.zeros((), device=device), 0
+        try:
+            model.train()
+            with without_them(model):
+                for step, batch in enumerate(loader, 1):
+                    images, labels = _pair(batch)
+                    if classes is None:
+                        classes = classes_of(model, images[:1].to(device))
+                    check_labels(labels, classes)
+                    if annealed and model.alpha != (alpha := falling(2 * done / steps, 1.0, 0.0)):
+                        model.alpha = alpha
+                    for group in optimizer.param_groups:
+                        group["lr"] = lr * _share((done + 0.5) / steps)
+                    images, labels = (t.to(device, non_blocking=True) for t in (images, labels))
+                    loss, _ = gradients(images, labels, loss_of.is_alike)
+                    optimizer.step()
+                    total += loss * len(labels)
+                    seen, done = seen + len(labels), done + 1
+                    if step % LOOKED_AFTER == 0:
+                        _check_finite(number, lr, total)
+            if seen == 0:
+                raise UsageError(
+                    f"epoch {number}: the loader gave no batches; it has to begin anew every epoch"
+                )
+            _check_finite(number, lr, total, *trained)
+        except BaseException:
+            good.restore(model)
+            raise
         if annealed:
-            model.alpha = falling(2 * done / steps, 1.0, 0.0)
+            model.alpha = falling(2 * done / steps, 1.0, 0.0) if number < epochs else 0.0
         model.eval()
-        loss, images = sums.tolist()
         alpha = float(model.alpha) if annealed else None
-        yield Epoch(number, epochs, loss / images, alpha, time.monotonic() - began)
+        yield Epoch(number, epochs, total.item() / seen, alpha, time.monotonic() - began)
+
+
+class _Kept:
+    """A model's weights, statistics and alpha as they are, to come back to."""
+
+    def __init__(self, model: nn.Module):
+        self.state = {k: v.clone() for k, v in model.state_dict().items()}
+        self.alpha = model.alpha if isinstance(model, ParallelModel) else None
+
+    def restore(self, model: nn.Module) -> None:
+        model.load_state_dict(self.state)
+        if self.alpha is not None:
+            model.alpha = self.alpha
+        model.eval()
+
+
+def _share(done: float) -> float:
+    """Share of the highest rate: up and down by half a cosine each (Smith and Topin, Super-convergence, 2018)."""
+    part = done / RISING if done < RISING else (1 - done) / (1 - RISING)
+    return (1 - math.cos(math.pi * part)) / 2
 
 
 def _pair(batch: Any) -> tuple[Tensor, Tensor]:
@@ -147,15 +181,22 @@ def _pair(batch: Any) -> tuple[Tensor, Tensor]:
         raise UsageError(
             f"the labels of a batch are {labels.dtype} of shape {tuple(labels.shape)}; give one whole number an image, as CrossEntropyLoss takes them"
         )
-    return images, labels
+    return images, labels.long()
 
 
-def _check_finite(sums: Tensor, model: nn.Module, good: dict[str, Tensor], epoch: int, lr: float) -> None:
-    if not sums[0].isfinite():
-        model.load_state_dict(good)
-        model.eval()
+def _logits(output: Any) -> Tensor:
+    if not isinstance(output, Tensor):
         raise UsageError(
-            f"epoch {epoch}: the loss is no longer finite; the model is as it was before this epoch. Take a lower rate than {lr:g}"
+            f"in training the network gives {type(output).__name__} and not logits alone; switch auxiliary outputs off, such as by aux_logits=False"
+        )
+    return output
+
+
+def _check_finite(epoch: int, lr: float, *values: Tensor) -> None:
+    if not all(v.isfinite().all() for v in values):
+        raise UsageError(
+            f"epoch {epoch}: the loss is no longer finite; the model is as it was before this epoch. "
+            f"Take a lower rate than {lr:g}, or look for images that are not finite"
         )
 
 
@@ -175,7 +216,7 @@ def accuracy(network: nn.Module, loader: Iterable[Any]) -> float:
     with in_eval_mode(network):
         for batch in loader:
             images, labels = _pair(batch)
-            right += (network(images.to(device)).argmax(1) == labels.to(device)).sum()
+            right += (_logits(network(images.to(device))).argmax(1) == labels.to(device)).sum()
             seen += len(labels)
     if seen == 0:
         raise UsageError("the loader gives no batches; there is nothing to measure the accuracy on")
