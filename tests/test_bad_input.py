@@ -184,6 +184,8 @@ FILES = {
     "match_logits negative": (stage(match_logits=-1.0), "stages.0.match_logits"),
     "draw unknown": (stage(draw="poisson"), "stages.0.draw"),
     "multiples of one ratio for all": ({"round_to": 8}, "round_to is for widths: sensitivity"),
+    "power of damages that are not asked for": ({"damage_power": 0.5}, "damage_power is for widths: sensitivity"),
+    "damage_power of 0": ({"widths": "sensitivity", "damage_power": 0}, "damage_power"),
     "alpha rises": (stage(alpha=0.5, alpha_from=0.2), "give a smaller alpha"),
     "alpha falls without branches": ({"stages": [{"lr": 0.1, "from": "base", "alpha_from": 1.0}]}, "give a smaller alpha"),
     "alpha falls over nothing": (stage(alpha=0.0, alpha_from=1.0, falls_over=0.0), "stages.0.falls_over"),

@@ -33,7 +33,7 @@ def ratios(settings: Settings, root: Path) -> float | dict[str, float]:
     damage = tuple((group, tuple(curve.items())) for group, curve in measured_damages(settings, root).items())
     s = settings
     try:
-        return dict(_allotted(s.network, s.width, s.keep_ratio, s.round_to, damage))
+        return dict(_allotted(s.network, s.width, s.keep_ratio, s.round_to, s.damage_power, damage))
     except OtherLayers as e:
         where = f"results/{s.preset}/sensitivity"
         raise UsageError(f"{where}: {e}: delete that folder and run the same command again") from None
@@ -43,10 +43,16 @@ def ratios(settings: Settings, root: Path) -> float | dict[str, float]:
 
 @lru_cache  # a second each, and a comparison asks for the same widths again for every seed
 def _allotted(
-    network: str, width: float, keep_ratio: float, round_to: int, damage: tuple[tuple[str, Any], ...]
+    network: str,
+    width: float,
+    keep_ratio: float,
+    round_to: int,
+    power: float,
+    damage: tuple[tuple[str, Any], ...],
 ) -> dict[str, float]:
     curves = {group: dict(curve) for group, curve in damage}
-    return allot(NETWORKS[network](width).eval(), curves, keep_ratio, example_image(), round_to=round_to)
+    network = NETWORKS[network](width).eval()
+    return allot(network, curves, keep_ratio, example_image(), round_to=round_to, power=power)
 
 
 def measured_damages(settings: Settings, root: Path) -> dict[str, dict[float, float]]:

@@ -123,7 +123,7 @@ def check_method(
     shared = settings_of(name, root, method, lr, keep_ratio, seed)
     load_settings(preset, name, root, **shared)
     # Widths by sensitivity would be measured, and nothing that can be wrong depends on them.
-    Experiment(preset, name, root, **shared | {"widths": "uniform", "round_to": 1})
+    Experiment(preset, name, root, **shared | {"widths": "uniform", "round_to": 1, "damage_power": 1.0})
 
 
 def of_budget(settings: Settings, budget: float) -> dict[str, int]:

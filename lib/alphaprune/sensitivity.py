@@ -6,9 +6,14 @@ will when all are narrow:
 
     damage_g(r) = mean KL(softmax(network) || softmax(network with group g at r))
 
-The widths are those with the smallest sum of damages that cost no more multiply-adds, and no more parameters, than one
-keep_ratio for all. Damages of single layers do not add up exactly; that they say where to save is an assumption (Li et al.,
-"Pruning filters for efficient ConvNets", 2017, choose their layers so), to be checked by training.
+The widths k_g are those of
+
+    the smallest sum over g of damage_g(k_g / C_g) ** power
+
+that cost no more multiply-adds, and no more parameters, than one keep_ratio for all. For small changes KL is half the square of a distance
+(Fisher's), and distances of single layers are what adds up at most when all are narrowed: power 1/2. Power 1 adds as if what layers do were independent; it
+spares the worst layers more, at the price of many others. That either says where to save is an assumption (Li et al., "Pruning
+filters for efficient ConvNets", 2017, choose their layers by each alone), to be checked by training.
 """
 
 from __future__ import annotations
@@ -24,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_flatten
 
-from alphaprune.errors import UsageError
+from alphaprune.errors import UsageError, shown
 from alphaprune.graph import Mixer, Structure
 from alphaprune.initialise import TooFewImages
 from alphaprune.modes import in_eval_mode
@@ -118,6 +123,7 @@ def allot(
     example_input: Tensor | tuple[Tensor, ...],
     exclude: Sequence[str] = (),
     round_to: int = 1,
+    power: float = 1.0,
 ) -> dict[str, float]:
     """A keep_ratio a layer, of the same cost as one for all and with the least damage.
 
@@ -129,15 +135,19 @@ def allot(
         exclude: as for `damages`.
         round_to: each layer keeps a multiple of so many channels, or all it has: 8 or 16 fill the registers of a CPU. One ratio for all
             rounds down, or up to one multiple; here some layers are rounded up for what others save.
+        power: of each damage before they are added, in (0, 1].
 
     Returns:
         By layer name its ratio, to be given to `ParallelModel`.
 
     Raises:
         OtherLayers: if `damage` is of other layers than the network's.
-        UsageError: if a multiple of `round_to` in every layer already costs more.
+        UsageError: if a multiple of `round_to` in every layer already costs more, or `power` is out of range.
     """
     check_round_to(round_to)
+    if not 0 < power <= 1:
+        raise UsageError(f"power is {shown(power)}; give a number in (0, 1]")
+    damage = {group: {r: max(d, 0.0) ** power for r, d in curve.items()} for group, curve in damage.items()}
     structure = ParallelModel(network, 1.0, example_input, exclude=exclude).structure
     groups = [group.split(", ") for group in damage]
     layers = {m.name for m in _narrowed(structure)}

@@ -191,6 +191,9 @@ class Settings(_Strict):
         "uniform"  # one keep_ratio for all layers, or one each at the same cost
     )
     round_to: Count = 1  # with widths by sensitivity, channels of a layer are a multiple of this
+    damage_power: Annotated[float, Field(gt=0, le=1)] = (
+        1.0  # with widths by sensitivity, of each layer's damage before they are added, see `allot`
+    )
     base: InResults  # file of the pretrained weights, from the project's folder
     # training, see train.Recipe
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
@@ -257,9 +260,10 @@ class Settings(_Strict):
         return self
 
     @model_validator(mode="after")
-    def _widths_can_be_rounded(self) -> Settings:
-        if self.round_to != 1 and self.widths == "uniform":
-            raise ValueError("round_to is for widths: sensitivity; set that, or leave round_to out")
+    def _widths_are_chosen(self) -> Settings:
+        for name, plain in (("round_to", 1), ("damage_power", 1.0)):
+            if getattr(self, name) != plain and self.widths == "uniform":
+                raise ValueError(f"{name} is for widths: sensitivity; set that, or leave {name} out")
         return self
 
     @model_validator(mode="after")
