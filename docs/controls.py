@@ -120,7 +120,7 @@ def _aims(rows: pd.DataFrame) -> str:
 
 
 def _against(controls: pd.DataFrame, name: str, other: str, plain: str, changed: str) -> str:
-    """A comparison of the same methods trained otherwise beside those of `controls`; then what each loses against the original, in percent of what the report's recipe loses.
+    """A comparison of the same methods trained otherwise beside those of `controls`; then what each loses against the original, in percent of what the report's recipe loses (that of `controls` where the comparison has none).
 
     Args:
         controls: the rows of `controls`.
@@ -134,25 +134,33 @@ def _against(controls: pd.DataFrame, name: str, other: str, plain: str, changed:
     pairs = rows.merge(controls, left_on=["beside", "keep_ratio"], right_on=["method", "keep_ratio"])
     if len(pairs) != len(rows):
         raise SystemExit(f"a method of results/quick/{name}.csv has no partner in controls.csv")
-    report = pairs[pairs["beside"] == "report's recipe"].set_index("keep_ratio")
+    # The report's recipe, as plain and, where it is of this comparison too, as changed.
+    report = {
+        "test_mean_y": controls[controls["method"] == "report's recipe"].set_index("keep_ratio")["test_mean"]
+    }
+    if len(own := pairs[pairs["beside"] == "report's recipe"]):
+        report["test_mean_x"] = own.set_index("keep_ratio")["test_mean_x"]
+    if "test_mean_x" in report:
+        loses = {
+            ("test_mean_y", "test_mean_y"): f"both {plain}",
+            ("test_mean_x", "test_mean_x"): f"both {changed}",
+            ("test_mean_x", "test_mean_y"): f"{changed}, of the report's {plain}",
+        }
+    else:
+        loses = {("test_mean_y", "test_mean_y"): plain, ("test_mean_x", "test_mean_y"): changed}
     lines = []
-    for _, p in pairs.sort_values("test_mean_x", ascending=False).iterrows():
-        of_report = report.loc[p["keep_ratio"]]
+    for _, p in pairs.sort_values(["keep_ratio", "test_mean_x"], ascending=[True, False]).iterrows():
         shares = (
-            f"{100 * (before - p[mine]) / (before - of_report[theirs]):.1f} %"
-            for mine, theirs in (
-                ("test_mean_y", "test_mean_y"),
-                ("test_mean_x", "test_mean_x"),
-                ("test_mean_x", "test_mean_y"),
-            )
+            f"{100 * (before - p[mine]) / (before - report[theirs][p['keep_ratio']]):.1f} %"
+            for mine, theirs in loses
         )
         accuracies = (f"{p[f'test_mean_{s}']:.2f} ± {p[f'test_std_{s}']:.2f}" for s in "yx")
         gain = f"{p['test_mean_x'] - p['test_mean_y']:+.2f}"
         rates = f"{p['lr_y']:g}, {p['lr_x']:g}"
         lines.append([p["beside"], f"{p['keep_ratio']:g}", *accuracies, gain, rates, *shares])
     head = ["method", "keep_ratio", plain, changed, "gain", f"rate, {plain} and {changed}"]
-    loses = f"points lost, in percent of the report's recipe's: both {plain}"
-    return _table([*head, loses, f"both {changed}", f"{changed}, of the report's {plain}"], lines)
+    first, *others = loses.values()
+    return _table([*head, f"points lost, in percent of the report's recipe's: {first}", *others], lines)
 
 
 def _ten_seeds(controls: pd.DataFrame) -> str:
