@@ -43,6 +43,7 @@ def blocks() -> dict[str, str]:
         "aims": _aims(rows),
         "mirrored": _against(rows, "mirrored", "mirrored", "cropped", "mirrored alone"),
         "small batches": _against(rows, "small_batches", "batches of 64", "batches of 128", "batches of 64"),
+        "roots": _against(rows, "roots", "roots", "damages", "roots of damages"),
         "ten seeds": _ten_seeds(rows),
         "course": _course(),
         "cliff": _cliff(),
