@@ -45,6 +45,7 @@ def blocks() -> dict[str, str]:
         "small batches": _against(rows, "small_batches", "batches of 64", "batches of 128", "batches of 64"),
         "roots": _against(rows, "roots", "roots", "damages", "roots of damages"),
         "ten seeds": _ten_seeds(rows),
+        "residual": _one(summary(pd.read_csv(RESULTS / "residual.csv"))),
         "course": _course(),
         "cliff": _cliff(),
         "budgets": _budgets(),
