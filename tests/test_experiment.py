@@ -247,6 +247,16 @@ def test_only_another_augmentation_is_part_of_the_identity(small):
     assert own & set(mirrored.determines["recipe"]) == {"augment"} and mirrored.identity not in found
 
 
+def test_only_another_optimizer_is_part_of_the_identity(small):
+    plain, sgd, muon = (
+        Experiment("smoke", "pretrain", small, **given).stages[0]
+        for given in ({}, {"optimizer": "sgd"}, {"optimizer": "muon"})
+    )
+    assert plain.identity == sgd.identity != muon.identity
+    assert {"optimizer", "muon_version"} & set(plain.determines["recipe"]) == set()
+    assert muon.determines["recipe"]["optimizer"] == "muon"
+
+
 def test_figures_of_another_seed_have_another_name(small):
     figures = small / "results" / "smoke" / "figures"
     assert Experiment("smoke", "fig4", small).figure("figure4") == figures / "figure4"

@@ -16,7 +16,8 @@ from torch.optim.swa_utils import update_bn
 
 from alphaprune import ParallelModel, UsageError, fold
 from alphaprune.initialise import TooFewImages
-from alphaprune.models import vgg16
+from alphaprune.models import resnet20, vgg16
+from alphaprune.narrowing import torch_pruning
 
 CASES = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 parts = st.lists(st.sampled_from(sorted(PARTS)), min_size=1, max_size=4)
@@ -186,10 +187,68 @@ def test_selection_without_images_goes_by_the_weights():
     assert taken.tolist() == [3, 4, 5, 6, 7, 8]
 
 
+@pytest.mark.parametrize("make", [lambda: vgg16(0.125), lambda: resnet20(0.5)], ids=["VGG-16", "ResNet-20"])
+@pytest.mark.parametrize("seed", range(2))
+def test_selection_by_norm_is_torch_prunings_network_bit_for_bit(make, seed):
+    torch.manual_seed(seed)
+    network, x = make().eval(), torch.randn(8, 3, 32, 32)
+    for layer in network.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            nn.init.uniform_(layer.weight)
+            nn.init.normal_(layer.running_mean)
+    model = ParallelModel(network, 0.5, x, init="select", images=x, select_by="norm")
+    model.alpha = 0.0
+    small, theirs = fold(model)[0], torch_pruning(network, 0.5, "l2", x[:1])
+    assert all(torch.equal(v, theirs.state_dict()[k]) for k, v in small.state_dict().items())
+    by_variance = ParallelModel(network, 0.5, x, init="select", images=x)
+    by_variance.alpha = 0.0
+    assert not torch.equal(by_variance(x), theirs(x))
+
+
+def test_norms_count_what_makes_and_what_reads_a_channel_in_any_kind_of_layer():
+    torch.manual_seed(0)
+    network = nn.Sequential(
+        nn.ConvTranspose2d(8, 12, 3, groups=2), nn.ReLU(), nn.Conv2d(12, 12, 3, groups=12), nn.PReLU(12),
+        nn.Conv2d(12, 6, 1, groups=3), nn.Flatten(), nn.Linear(6 * 16, 5),
+    )  # fmt: skip
+    x = torch.randn(2, 8, 4, 4)
+
+    def kept(change):
+        changed = copy.deepcopy(network)
+        with torch.no_grad():
+            change(changed)
+        model = ParallelModel(changed, 0.5, x, init="select")
+        return {m.name: model.widths.positions(m.ids).tolist() for m in model.mixers if m.name in ("0", "4")}
+
+    def made(n):
+        n[0].weight[:, 5] *= 100  # channels 5 of the first group's six and of the second's
+
+    def filtered(n):
+        n[2].weight[7] *= 100
+
+    def scaled(n):
+        n[3].weight[1] = 100
+
+    def read(n):
+        n[4].weight[4:, 3] *= 100  # the last of the third group's four
+
+    def read_everywhere(n):
+        n[6].weight[:, 2 * 16 : 3 * 16] *= 100
+
+    for change, layer, channels in (
+        (made, "0", [5, 11]), (filtered, "0", [7]), (scaled, "0", [1]), (read, "0", [11]), (read_everywhere, "4", [2]),
+    ):  # fmt: skip
+        assert set(channels) <= set(kept(change)[layer]), change.__name__
+
+
 def test_what_is_refused_and_what_is_said():
     network, x = network_and_images(["conv"], "mean", 1)
     with pytest.raises(UsageError, match="init is 'best'; use random, select, least_squares"):
         ParallelModel(network, 0.5, x, init="best")
+    with pytest.raises(UsageError, match="select_by is 'size'; use variance, norm"):
+        ParallelModel(network, 0.5, x, init="select", select_by="size")
+    with pytest.raises(UsageError, match="select_by='norm' is for init='select' and init='least_squares'"):
+        ParallelModel(network, 0.5, x, select_by="norm")
     with pytest.raises(UsageError, match="'least_squares' needs images"):
         ParallelModel(network, 0.5, x, init="least_squares")
     dense = nn.Sequential(

@@ -16,6 +16,7 @@ from alphaprune import ParallelModel, UsageError, data, train
 from alphaprune.faulty_kernels import without_them
 from alphaprune.interrupt import Interrupted
 from alphaprune.models import VGG, resnet20
+from alphaprune.muon import Muon
 from alphaprune.objective import Loss, Objective
 from alphaprune.schedule import falling
 from alphaprune.train import Recipe, derive_seed, evaluate, fit
@@ -46,18 +47,26 @@ class Killed(Exception):
     pass
 
 
-class DiesAfter(torch.optim.SGD):
-    """Stops the process's work at steps of its choice, as a kill would: whatever was not saved is lost."""
+class Dies:
+    """An optimizer that stops the process's work at steps of its choice, as a kill would: whatever was not saved is lost."""
 
-    left: list[int] = []
+    left: list[int] = []  # shared by all
 
     def step(self, closure=None):
         super().step(closure)
-        if self.left and self.left[0] == 0:
-            self.left.pop(0)
+        if Dies.left and Dies.left[0] == 0:
+            Dies.left.pop(0)
             raise Killed
-        if self.left:
-            self.left[0] -= 1
+        if Dies.left:
+            Dies.left[0] -= 1
+
+
+class DiesAfter(Dies, torch.optim.SGD):
+    pass
+
+
+class MuonDiesAfter(Dies, Muon):
+    pass
 
 
 def same(outcome, expected, resumed, whole):
@@ -77,11 +86,12 @@ def same(outcome, expected, resumed, whole):
     st.sampled_from(["fixed", "bernoulli"]),
     st.booleans(),
     st.sampled_from([0.0, 3600.0]),
+    st.sampled_from(["sgd", "muon"]),
 )
 def test_killed_and_resumed_equals_uninterrupted(
-    tmp_path_factory, kills, schedule, alpha, train_wide, draw, within, save_every
+    tmp_path_factory, kills, schedule, alpha, train_wide, draw, within, save_every, optimizer
 ):
-    recipe = dataclasses.replace(RECIPE, lr_schedule=schedule)
+    recipe = dataclasses.replace(RECIPE, lr_schedule=schedule, optimizer=optimizer)
     folder = tmp_path_factory.mktemp("resume")
     assume(draw == "fixed" or train_wide)  # a batch that draws 1 throughout trains nothing else
     assume(not within or (schedule == "one_cycle" and train_wide))
@@ -97,7 +107,8 @@ def test_killed_and_resumed_equals_uninterrupted(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "SAVE_EVERY", save_every)  # after every step, or every epoch
         patch.setattr(torch.optim, "SGD", DiesAfter)
-        DiesAfter.left = list(kills)
+        patch.setattr(train, "Muon", MuonDiesAfter)
+        Dies.left = list(kills)
         for _ in range(len(kills) + 1):
             torch.rand(7)  # whatever else uses random numbers meanwhile
             try:
@@ -115,7 +126,7 @@ def test_a_resume_that_forgets_the_random_state_would_be_caught(tmp_path, monkey
     monkeypatch.setattr(train, "SAVE_EVERY", 0.0)
     monkeypatch.setattr(torch.optim, "SGD", DiesAfter)
     monkeypatch.setattr(torch, "set_rng_state", lambda state: None)
-    DiesAfter.left = [4]  # in the second epoch
+    Dies.left = [4]  # in the second epoch
     with pytest.raises(Killed):
         fit(model(), TRAIN, VAL, RECIPE, "key", tmp_path / "cut.safetensors", objective=objective)
     resumed = model()
@@ -162,7 +173,7 @@ def test_a_damaged_state_is_named_and_the_one_before_taken(tmp_path, monkeypatch
     whole = model()
     expected = fit(whole, TRAIN, VAL, RECIPE, "key", tmp_path / "whole.safetensors")
     monkeypatch.setattr(torch.optim, "SGD", DiesAfter)
-    DiesAfter.left = [7]  # two epochs are saved
+    Dies.left = [7]  # two epochs are saved
     with pytest.raises(Killed):
         fit(model(), TRAIN, VAL, RECIPE, "key", path)
     newest = max(slots, key=lambda p: p.stat().st_mtime_ns)
@@ -185,7 +196,7 @@ def test_a_state_that_was_copied_from_another_stage_is_not_gone_on_from(tmp_path
     whole = model()
     expected = fit(whole, TRAIN, VAL, RECIPE, "key", tmp_path / "whole.safetensors", identity="one")
     monkeypatch.setattr(torch.optim, "SGD", DiesAfter)
-    DiesAfter.left = [7]
+    Dies.left = [7]
     with pytest.raises(Killed):
         fit(model(), TRAIN, VAL, RECIPE, "key", tmp_path / "c.safetensors", identity="another")
     begun = model()
@@ -212,7 +223,7 @@ def test_log_points_that_are_read_late_say_the_same(tmp_path, monkeypatch):
     assert fit(whole, TRAIN, VAL, RECIPE, "key", tmp_path / "late.safetensors").history == expected.history
     monkeypatch.setattr(train, "SAVE_EVERY", 0.0)
     monkeypatch.setattr(torch.optim, "SGD", DiesAfter)
-    DiesAfter.left = [4]  # in the second epoch, between two log points
+    Dies.left = [4]  # in the second epoch, between two log points
     with pytest.raises(Killed):
         fit(model(), TRAIN, VAL, RECIPE, "key", tmp_path / "cut.safetensors")
     resumed = model()
@@ -263,7 +274,7 @@ def test_a_trivial_augmentation_is_resumed_within_an_epoch(tmp_path, monkeypatch
     assert fit(cropped, TRAIN, VAL, crop, "key", tmp_path / "c.safetensors").history != expected.history
     monkeypatch.setattr(train, "SAVE_EVERY", 0.0)
     monkeypatch.setattr(torch.optim, "SGD", DiesAfter)
-    DiesAfter.left = [4]
+    Dies.left = [4]
     with pytest.raises(Killed):
         fit(model(), TRAIN, VAL, recipe, "key", tmp_path / "b.safetensors")
     resumed = model()

@@ -10,7 +10,7 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from alphaprune.recipe import BRANCHES_VERSION, RIDGE, TRAINING_VERSION, TRIVIAL_VERSION
+from alphaprune.recipe import BRANCHES_VERSION, MUON_VERSION, RIDGE, TRAINING_VERSION, TRIVIAL_VERSION
 from alphaprune.settings import Settings, Stage
 
 # Part of the identity of every stage whose network is plain and narrow. Raise it when what it begins with changes.
@@ -92,6 +92,8 @@ def identified(
         network |= {"init": settings.init, "init_images": settings.init_images}
         if settings.init_ridge != RIDGE:  # what was recorded before there was a choice has none
             network["init_ridge"] = settings.init_ridge
+        if settings.select_by != "variance":
+            network["select_by"] = settings.select_by
     if ratios is not None:
         network["widths"] = ratios
     recipe = asdict(settings.recipe(stage))
@@ -101,6 +103,10 @@ def identified(
         del recipe["augment_until"]
     else:
         recipe["trivial_version"] = TRIVIAL_VERSION
+    if recipe["optimizer"] == "sgd":
+        del recipe["optimizer"]
+    else:
+        recipe["muon_version"] = MUON_VERSION
     determines = {
         "training_version": TRAINING_VERSION,
         "experiment": settings.experiment,

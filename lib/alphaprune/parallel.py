@@ -34,7 +34,7 @@ from alphaprune.few_channels import batch_norm
 from alphaprune.graph import ChannelLayer, Mixer, attribute, read
 from alphaprune.initialise import fit_branches, put_back
 from alphaprune.modes import in_eval_mode
-from alphaprune.recipe import LARGEST_RIDGE, RIDGE, Init
+from alphaprune.recipe import LARGEST_RIDGE, RIDGE, Init, SelectBy
 from alphaprune.selection import select
 from alphaprune.trace import as_inputs, check_network, layers_in_place, trace
 from alphaprune.widths import KeepRatio, call, choose, for_target, is_narrow
@@ -62,7 +62,9 @@ class ParallelModel(nn.Module):
         init: what the branches start from: "random", the report's way; "select", where R takes the channels that are
             worth most and E gives them back; "least_squares", where E gives all channels as well as a linear map can.
         images: inputs as in training, (N, C, H, W), or a tuple for several inputs: a few thousand small ones. "select" goes
-            by them where given, else by the size of the weights; "least_squares" needs them.
+            by them where given, else by norm; "least_squares" needs them.
+        select_by: what a channel is worth to "select" and "least_squares": by "variance", where there are images, what it explains of all
+            that layers read; by "norm", how large the weights are that make it, scale it and read it.
         ridge: of "least_squares", above 0: what a step away from "select" costs, as a share of the mean second moment of what is
             read. As small as it is, it gives the best network before training; 0.1 gives a worse one that trains better.
 
@@ -108,6 +110,7 @@ class ParallelModel(nn.Module):
         init: Init = "random",
         images: Tensor | tuple[Tensor, ...] | None = None,
         ridge: float = RIDGE,
+        select_by: SelectBy = "variance",
     ):
         super().__init__()
         check_network(network)
@@ -145,9 +148,9 @@ class ParallelModel(nn.Module):
         else:
             self.keep_ratio = 0.34375 if keep_ratio is None else keep_ratio
             self.widths = choose(self.structure, self.keep_ratio, round_to)
-        batches = _check_init(init, images, self.example_input, ridge)
+        batches = _check_init(init, images, self.example_input, ridge, select_by)
         if init != "random":
-            self.widths = select(self.widths, batches)
+            self.widths = select(self.widths, batches if select_by == "variance" else None)
         self._narrow = self._narrow_nodes()
         self._last_read = self.structure.trace.last_read()
 
@@ -432,7 +435,11 @@ class ParallelModel(nn.Module):
 
 
 def _check_init(
-    init: str, images: Tensor | tuple[Tensor, ...] | None, example: tuple[Tensor, ...], ridge: float
+    init: str,
+    images: Tensor | tuple[Tensor, ...] | None,
+    example: tuple[Tensor, ...],
+    ridge: float,
+    select_by: str,
 ) -> list[tuple[Tensor, ...]] | None:
     """The images in batches, None if there are none."""
     if init not in get_args(Init):
@@ -441,6 +448,12 @@ def _check_init(
         raise UsageError(f"ridge is {ridge!r}; give a number above 0, such as 0.1, {LARGEST_RIDGE:g} at most")
     if ridge != RIDGE and init != "least_squares":
         raise UsageError(f"ridge is for init='least_squares'; init is {init!r}")
+    if select_by not in get_args(SelectBy):
+        raise UsageError(f"select_by is {select_by!r}; use {', '.join(get_args(SelectBy))}")
+    if select_by != "variance" and init == "random":
+        raise UsageError(
+            f"select_by={select_by!r} is for init='select' and init='least_squares'; give one of them"
+        )
     if images is not None and init == "random":
         raise UsageError(
             "images are for init='select' and init='least_squares'; give one of them, or no images"

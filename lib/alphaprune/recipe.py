@@ -12,11 +12,14 @@ TRAINING_VERSION = 1
 # their sums change.
 BRANCHES_VERSION = 3
 Init = Literal["random", "select", "least_squares"]  # what branches start from, see `initialise`
+SelectBy = Literal["variance", "norm"]  # what a channel is worth, see `selection`
 RIDGE = 1e-4  # of least squares, where no other is asked for: as close a fit as the images allow
 LARGEST_RIDGE = 1e6  # beside which any fit is plain selection
 TRIVIAL_VERSION = 2  # part of the identity of every stage that trains with it, likewise
+MUON_VERSION = 1  # likewise
 Draw = Literal["fixed", "bernoulli", "uniform"]
 Augment = Literal["crop", "mirror", "trivial"]
+Optimizer = Literal["sgd", "muon"]
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,8 @@ class Recipe:
         max_epochs: epochs at most.
         patience: epochs without a lower validation loss after which a "plateau" stage ends.
         batch_size: images a step.
-        momentum, weight_decay: of SGD.
+        optimizer: "sgd", with momentum, or "muon", see `muon`.
+        momentum, weight_decay: of the optimizer.
         label_smoothing: of the cross entropy.
         augment: "crop" flips and crops the training images; "mirror" flips them alone; "trivial" makes a change of TrivialAugment to each before that.
         augment_until: share of the epochs in which "trivial" does so, in (0, 1]; in the last ones images are mirrored and cropped alone, which
@@ -46,6 +50,7 @@ class Recipe:
     lr_patience: int = 10
     lr_factor: float = 0.5
     batch_size: int = 128
+    optimizer: Optimizer = "sgd"
     momentum: float = 0.9
     weight_decay: float = 0.0
     label_smoothing: float = 0.0

@@ -8,8 +8,8 @@ channels chosen so far explain taken off, channel j explains
 
 of the rest; the one that explains most is chosen, its share is taken off G, and so on. That is a pivoted Cholesky
 factorisation whose pivot is chosen by column (Farahat et al., "Efficient greedy feature selection for
-unsupervised learning", 2013). Without images, a channel is worth the mean absolute weight of the filters that make it
-(Li et al., "Pruning filters for efficient ConvNets", 2017).
+unsupervised learning", 2013). Or it is worth the sum of the squares of all weights that make it, scale it and read it, the norm of its
+group (Fang et al., "DepGraph", 2023), for which no images are needed.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ def select(widths: Widths, batches: Iterable[Inputs] | None = None) -> Widths:
 
     Args:
         widths: how many channels stay.
-        batches: inputs of the network; None to go by the weights.
+        batches: inputs of the network; None to go by the weights' norms.
     """
     s = widths.structure
-    worth = _by_weights(s) if batches is None else None
+    worth = _norms(s) if batches is None else None
     seen_by = {} if batches is None else _second_moments(s, batches)
     kept = widths.kept.clone()
     for atom in s.atoms:
@@ -144,14 +144,28 @@ def _greedy(blocks: list[Tensor], k: int) -> Tensor:
     return torch.tensor(chosen)
 
 
-def _by_weights(s: Structure) -> dict[int, float]:
-    """By root: the mean absolute weight of its filters, as a share of that of its layers' filters."""
+def _norms(s: Structure) -> dict[int, float]:
+    """By root: the sum of the squares of all weights that make it, scale it and read it."""
     worth: dict[int, float] = defaultdict(float)
+
+    def add(ids: Tensor, squares: Tensor) -> None:
+        for r, size in zip(s.ties.roots(ids.flatten()).tolist(), squares.flatten().tolist(), strict=True):
+            worth[r] += size
+
+    network = s.trace.network
     for m in s.layers():
-        weight = attribute(s.trace.network, m.weight).detach()
-        if m.transposed:  # (in, out / groups, ...)
-            weight = weight.unflatten(0, (m.groups, -1)).transpose(1, 2).flatten(0, 1)
-        size = weight.flatten(1).abs().mean(1).double()
-        for r, w in zip(s.ties.roots(m.ids).tolist(), (size / size.mean()).tolist(), strict=True):
-            worth[r] += w
+        weight = (
+            attribute(network, m.weight).detach().double()
+        )  # (out, in / groups, ...), transposed (in, out / groups, ...)
+        squares = weight.square().reshape(*weight.shape[:2], -1).sum(2).unflatten(0, (m.groups, -1))
+        of_each = squares.mT if m.transposed else squares  # (groups, outputs, inputs)
+        add(m.ids, of_each.sum(2))
+        if m.ids_in is not None:
+            add(m.ids_in, of_each.sum(1))
+    for layer in {x.key: x for x in s.channel_layers.values() if not x.is_parameter}.values():
+        scale = getattr(
+            network.get_submodule(layer.name), "weight", None
+        )  # none of a BatchNorm that is not affine
+        if scale is not None and len(scale) == len(layer.ids):  # a PReLU may have one for all
+            add(layer.ids, scale.detach().double().square().reshape(len(scale), -1).sum(1))
     return worth

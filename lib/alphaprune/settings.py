@@ -18,7 +18,17 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from alphaprune import yaml_text
 from alphaprune.errors import UsageError, like, shown
-from alphaprune.recipe import LARGEST_RIDGE, RIDGE, Augment, Draw, Init, Objective, Recipe
+from alphaprune.recipe import (
+    LARGEST_RIDGE,
+    RIDGE,
+    Augment,
+    Draw,
+    Init,
+    Objective,
+    Optimizer,
+    Recipe,
+    SelectBy,
+)
 from alphaprune.schedule import THRESHOLD, Kind, Order, alphas, falling
 
 Unit = Annotated[float, Field(ge=0, le=1)]
@@ -184,6 +194,7 @@ class Settings(_Strict):
     )
     init: Init = "random"  # what the branches start from
     init_images: Count = 2000  # of the training images, for the branches to be fitted to, and for the widths
+    select_by: SelectBy = "variance"  # which channels the branches start from, see `ParallelModel`
     init_ridge: Annotated[float, Field(gt=0, le=LARGEST_RIDGE)] = (
         RIDGE  # of least squares, see `ParallelModel`
     )
@@ -207,6 +218,7 @@ class Settings(_Strict):
     patience: Count
     lr_patience: Count
     lr_factor: Annotated[float, Field(gt=0, lt=1)]
+    optimizer: Optimizer = "sgd"
     momentum: Annotated[float, Field(ge=0, lt=1)]
     weight_decay: NotNegative = 0.0
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -264,6 +276,14 @@ class Settings(_Strict):
         for name, plain in (("round_to", 1), ("damage_power", 1.0)):
             if getattr(self, name) != plain and self.widths == "uniform":
                 raise ValueError(f"{name} is for widths: sensitivity; set that, or leave {name} out")
+        return self
+
+    @model_validator(mode="after")
+    def _channels_are_selected(self) -> Settings:
+        if self.select_by != "variance" and self.init == "random" and not any(s.refit for s in self.stages):
+            raise ValueError(
+                "select_by is for init: select or least_squares; set one, or leave select_by out"
+            )
         return self
 
     @model_validator(mode="after")

@@ -148,7 +148,7 @@ class StageNetworks:
         init = node.stage.refit or s.init
         options: dict[str, Any] = {}
         if fitted and init != "random":
-            options = {"init": init, "images": first_images(s)}
+            options = {"init": init, "images": first_images(s), "select_by": s.select_by}
             if init == "least_squares":
                 options["ridge"] = s.init_ridge
         # Behind the seed: finding the ratios draws random numbers too, and results recorded so far depend on it.

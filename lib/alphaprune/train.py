@@ -32,6 +32,7 @@ from alphaprune.faulty_kernels import without_them
 from alphaprune.interrupt import SafePoints
 from alphaprune.memory_format import channels_last
 from alphaprune.modes import in_eval_mode
+from alphaprune.muon import Muon
 from alphaprune.objective import Loss
 from alphaprune.recipe import Objective, Recipe
 from alphaprune.resume_state import read_state
@@ -128,7 +129,7 @@ def fit(
     channels_last(model.to(accelerator.device))
     train, val = train.to(accelerator.device), val.to(accelerator.device)
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.SGD(
+    optimizer = (Muon if recipe.optimizer == "muon" else torch.optim.SGD)(
         trained, lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay
     )
     steps_an_epoch = recipe.steps_an_epoch(len(train))
@@ -304,7 +305,9 @@ class _State:
     """Everything a stage needs to go on: weights, momentum, schedule, best weights, history, and within an epoch how
     many of its steps are done, what is measured of them, and the random state."""
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.SGD, scheduler: Any, path: Path, of: str):
+    def __init__(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: Any, path: Path, of: str
+    ):
         self.model, self.optimizer, self.scheduler, self.path = model, optimizer, scheduler, path
         self.of = of
         self.outcome = Outcome()
