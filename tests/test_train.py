@@ -12,11 +12,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from alphaprune import ParallelModel, UsageError, data, train
+from alphaprune import ParallelModel, UsageError, data, muon, train
 from alphaprune.faulty_kernels import without_them
 from alphaprune.interrupt import Interrupted
 from alphaprune.models import VGG, resnet20
-from alphaprune.muon import Muon
 from alphaprune.objective import Loss, Objective
 from alphaprune.schedule import falling
 from alphaprune.train import Recipe, derive_seed, evaluate, fit
@@ -65,7 +64,7 @@ class DiesAfter(Dies, torch.optim.SGD):
     pass
 
 
-class MuonDiesAfter(Dies, Muon):
+class MuonDiesAfter(Dies, muon.Muon):
     pass
 
 
@@ -107,7 +106,7 @@ def test_killed_and_resumed_equals_uninterrupted(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "SAVE_EVERY", save_every)  # after every step, or every epoch
         patch.setattr(torch.optim, "SGD", DiesAfter)
-        patch.setattr(train, "Muon", MuonDiesAfter)
+        patch.setattr(muon, "Muon", MuonDiesAfter)
         Dies.left = list(kills)
         for _ in range(len(kills) + 1):
             torch.rand(7)  # whatever else uses random numbers meanwhile

@@ -30,22 +30,24 @@ def loader(**more) -> DataLoader:
     return DataLoader(images(), 16, **more)
 
 
-def test_a_network_learns_and_says_so_epoch_by_epoch():
+@pytest.mark.parametrize("optimizer", ["sgd", "muon"])
+def test_a_network_learns_and_says_so_epoch_by_epoch(optimizer):
     net = network()
     before = accuracy(net, loader())
-    epochs = list(training(net, loader(shuffle=True), epochs=8, lr=0.1))
+    epochs = list(training(net, loader(shuffle=True), epochs=8, lr=0.1, optimizer=optimizer))
     assert [e.number for e in epochs] == list(range(1, 9)) and epochs[-1].loss < epochs[0].loss / 2
     assert accuracy(net, loader()) > 0.9 > before
     assert str(epochs[0]).startswith("epoch 1/8: loss ") and "alpha" not in str(epochs[0])
 
 
-def test_a_model_with_branches_is_annealed_until_it_can_be_folded():
+@pytest.mark.parametrize("optimizer", ["sgd", "muon"])
+def test_a_model_with_branches_is_annealed_until_it_can_be_folded(optimizer):
     net = network()
     list(training(net, loader(shuffle=True), epochs=8, lr=0.1))
     x = images().tensors[0]
     model = ParallelModel(net, 0.5, x[:2], init="least_squares", images=x, ridge=0.1)
     torch.manual_seed(0)
-    run = training(model, loader(shuffle=True), epochs=8, lr=0.05, teacher=net)
+    run = training(model, loader(shuffle=True), epochs=8, lr=0.05, teacher=net, optimizer=optimizer)
     alphas = [next(run).alpha for _ in range(8)]
     assert alphas == pytest.approx([0.75, 0.5, 0.25, 0, 0, 0, 0, 0])
     assert next(run, None) is None and not model.training
@@ -187,6 +189,7 @@ x, y = torch.zeros(4, 3, 8, 8), torch.zeros(4, dtype=torch.long)
         ({"epochs": 1.5}, "epochs is 1.5; give a whole number"),
         ({"lr": 0}, "lr is 0; give a number above 0"),
         ({"lr": float("nan")}, "lr is nan; give a number above 0"),
+        ({"optimizer": "adam"}, "optimizer is 'adam'; use sgd, muon"),
         ({"loader": []}, "no batches"),
         ({"loader": DataLoader(images(8), 16, drop_last=True)}, "with drop_last it needs"),
         ({"loader": DataLoader(Streamed(), 16)}, "no length"),

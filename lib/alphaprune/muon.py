@@ -21,6 +21,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from alphaprune.recipe import Optimizer
+
 A, B, C = 3.4445, -4.7750, 2.0315  # X <- A X + B (X X^T) X + C (X X^T)^2 X, Jordan's
 STEPS = 5
 EPS = 1e-7  # of a norm: a gradient that has all but gone is not made a whole step of
@@ -60,6 +62,15 @@ class Muon(torch.optim.Optimizer):
                 else:
                     along.mul_(momentum).add_(p.grad).add_(p, alpha=decay)
                     p.add_(along, alpha=-lr)
+
+
+def optimizer_of(
+    name: Optimizer, params: Iterable[Tensor], lr: float, momentum: float, weight_decay: float
+) -> torch.optim.Optimizer:
+    """SGD with momentum, "sgd", or "muon"; arguments as of both."""
+    return (Muon if name == "muon" else torch.optim.SGD)(
+        params, lr=lr, momentum=momentum, weight_decay=weight_decay
+    )
 
 
 def mixes_channels(weight: Tensor) -> bool:

@@ -32,7 +32,7 @@ from alphaprune.faulty_kernels import without_them
 from alphaprune.interrupt import SafePoints
 from alphaprune.memory_format import channels_last
 from alphaprune.modes import in_eval_mode
-from alphaprune.muon import Muon
+from alphaprune.muon import optimizer_of
 from alphaprune.objective import Loss
 from alphaprune.recipe import Objective, Recipe
 from alphaprune.resume_state import read_state
@@ -129,9 +129,7 @@ def fit(
     channels_last(model.to(accelerator.device))
     train, val = train.to(accelerator.device), val.to(accelerator.device)
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = (Muon if recipe.optimizer == "muon" else torch.optim.SGD)(
-        trained, lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay
-    )
+    optimizer = optimizer_of(recipe.optimizer, trained, recipe.lr, recipe.momentum, recipe.weight_decay)
     steps_an_epoch = recipe.steps_an_epoch(len(train))
     all_steps = recipe.max_epochs * steps_an_epoch
     if recipe.lr_schedule == "one_cycle":

@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +23,10 @@ from alphaprune.errors import UsageError, shown
 from alphaprune.faulty_kernels import without_them
 from alphaprune.memory_format import channels_last
 from alphaprune.modes import in_eval_mode
+from alphaprune.muon import optimizer_of
 from alphaprune.objective import Loss
 from alphaprune.parallel import ParallelModel
-from alphaprune.recipe import Objective
+from alphaprune.recipe import Objective, Optimizer
 from alphaprune.schedule import falling
 from alphaprune.train import accelerator_for_this_machine, check_labels, classes_of
 
@@ -56,10 +57,11 @@ def training(
     epochs: int,
     lr: float,
     teacher: nn.Module | None = None,
+    optimizer: Optimizer = "sgd",
 ) -> Iterator[Epoch]:
     """Train a model in place: an epoch each time the next one is asked for, and nothing before.
 
-    SGD with momentum, its rate rising over a fifth of the steps and falling to 0 in the others. A `ParallelModel` is annealed: in every batch
+    The rate of the steps, of SGD with momentum or of Muon, rises over a fifth of them and falls to 0 in the others. A `ParallelModel` is annealed: in every batch
     each layer's alpha is 0 or 1, and 1 with a probability that falls from 1 to 0 over the first half of the steps; from there on it runs at alpha 0.
     With a CUDA device the model is moved there, trained in bf16 if the device has that, and stays there.
 
@@ -70,6 +72,8 @@ def training(
         epochs: how many, at least 1.
         lr: the highest learning rate, above 0.
         teacher: the network whose soft labels are nine tenths of the loss, such as the one that is pruned; the labels alone if None.
+
+        optimizer: "sgd", or "muon", which gets further in few epochs and takes longer for a step (see `muon`).
 
     Yields:
         What each epoch came to.
@@ -95,11 +99,19 @@ def training(
         raise UsageError("the loader has no batches; with drop_last it needs as many images as one holds")
     if not any(p.requires_grad for p in model.parameters()):
         raise UsageError("no parameter of the model requires a gradient; there is nothing to train")
-    return _epochs(model, loader, epochs, batches * epochs, lr, teacher)
+    if optimizer not in get_args(Optimizer):
+        raise UsageError(f"optimizer is {shown(optimizer)}; use {', '.join(get_args(Optimizer))}")
+    return _epochs(model, loader, epochs, batches * epochs, lr, teacher, optimizer)
 
 
 def _epochs(
-    model: nn.Module, loader: Any, epochs: int, steps: int, lr: float, teacher: nn.Module | None
+    model: nn.Module,
+    loader: Any,
+    epochs: int,
+    steps: int,
+    lr: float,
+    teacher: nn.Module | None,
+    optimizer_name: Optimizer,
 ) -> Iterator[Epoch]:
     keep_freed_memory()
     accelerator = accelerator_for_this_machine()
@@ -110,7 +122,7 @@ def _epochs(
     objective = Objective(distill=distill, draw="bernoulli" if annealed else "fixed")
     loss_of = Loss(objective, model, lambda images: _logits(model(images)), teacher)
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.SGD(trained, lr, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
+    optimizer = optimizer_of(optimizer_name, trained, lr, MOMENTUM, WEIGHT_DECAY)
     gradients = Gradients(loss_of, model, trained, accelerator)
     done, classes = 0, None
     for number in range(1, epochs + 1):
