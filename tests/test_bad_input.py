@@ -186,6 +186,7 @@ FILES = {
     "multiples of one ratio for all": ({"round_to": 8}, "round_to is for widths: sensitivity"),
     "power of damages that are not asked for": ({"damage_power": 0.5}, "damage_power is for widths: sensitivity"),
     "channels selected by norm for random branches": ({"select_by": "norm"}, "select_by is for init: select or least_squares"),
+    "channels selected by norm for new random branches": (stage(refit="random") | {"select_by": "norm"}, "select_by is for init: select or least_squares"),
     "select_by unknown": ({"init": "select", "select_by": "size"}, "select_by"),
     "optimizer unknown": ({"optimizer": "adam"}, "optimizer"),
     "damage_power of 0": ({"widths": "sensitivity", "damage_power": 0}, "damage_power"),

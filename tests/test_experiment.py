@@ -364,6 +364,13 @@ def test_narrow_networks_are_folded_or_begun_otherwise_and_train_on_plain(small)
     assert [a.identity == b.identity for a, b in zip(experiment.stages, ridge.stages, strict=True)] == others
     other = Experiment("smoke", "fig4", small, init="select")
     assert [a.identity == b.identity for a, b in zip(experiment.stages, other.stages, strict=True)] == others
+    by_norm = Experiment("smoke", "fig4", small, init="select", select_by="norm")
+    assert [a.identity == b.identity for a, b in zip(other.stages, by_norm.stages, strict=True)] == others
+    kept = [
+        StageNetworks(e).begun(next(n for n in e.stages if n.stage.alpha is not None)).widths.kept
+        for e in (other, by_norm)
+    ]
+    assert kept[0].sum() == kept[1].sum() and not torch.equal(*kept)
 
 
 def test_widths_by_sensitivity_are_the_same_for_every_way_to_narrow(small):

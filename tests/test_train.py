@@ -118,6 +118,16 @@ def test_killed_and_resumed_equals_uninterrupted(
     same(outcome, expected, resumed, whole)
 
 
+def test_a_recipe_says_which_optimizer_trains(tmp_path, monkeypatch):
+    steps = []
+    step = muon.Muon.step
+    monkeypatch.setattr(muon.Muon, "step", lambda self, closure=None: (steps.append(0), step(self))[1])
+    for name, taken in (("sgd", 0), ("muon", RECIPE.max_epochs * RECIPE.steps_an_epoch(len(TRAIN)))):
+        recipe = dataclasses.replace(RECIPE, lr_schedule="one_cycle", optimizer=name)
+        fit(model(), TRAIN, VAL, recipe, "key", tmp_path / f"{name}.safetensors")
+        assert len(steps) == taken
+
+
 def test_a_resume_that_forgets_the_random_state_would_be_caught(tmp_path, monkeypatch):
     objective = Objective(draw="bernoulli")
     whole = model()

@@ -56,6 +56,15 @@ def test_a_model_with_branches_is_annealed_until_it_can_be_folded(optimizer):
     assert accuracy(small, loader()) == accuracy(model, loader()) > 0.9
 
 
+def test_muon_takes_other_steps_than_sgd():
+    found = []
+    for optimizer in ("sgd", "muon"):
+        net = network()
+        list(training(net, loader(), epochs=1, lr=0.1, optimizer=optimizer))
+        found.append(net[0].weight)
+    assert not torch.allclose(*found, rtol=1e-2)
+
+
 def test_what_learns_from_a_teacher_learns_it_from_wrong_labels():
     net = network()
     list(training(net, loader(shuffle=True), epochs=8, lr=0.1))

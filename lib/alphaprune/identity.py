@@ -92,7 +92,7 @@ def identified(
         network |= {"init": settings.init, "init_images": settings.init_images}
         if settings.init_ridge != RIDGE:  # what was recorded before there was a choice has none
             network["init_ridge"] = settings.init_ridge
-        if settings.select_by != "variance":
+        if settings.select_by != "variance":  # likewise
             network["select_by"] = settings.select_by
     if ratios is not None:
         network["widths"] = ratios

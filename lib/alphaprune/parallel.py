@@ -61,10 +61,10 @@ class ParallelModel(nn.Module):
             (0, 1), that the folded network may have; the largest ratio that keeps to it is found.
         init: what the branches start from: "random", the report's way; "select", where R takes the channels that are
             worth most and E gives them back; "least_squares", where E gives all channels as well as a linear map can.
-        images: inputs as in training, (N, C, H, W), or a tuple for several inputs: a few thousand small ones. "select" goes
-            by them where given, else by norm; "least_squares" needs them.
-        select_by: what a channel is worth to "select" and "least_squares": by "variance", where there are images, what it explains of all
-            that layers read; by "norm", how large the weights are that make it, scale it and read it.
+        images: inputs as in training, (N, C, H, W), or a tuple for several inputs: a few thousand small ones. "least_squares" needs
+            them, and "select" to go by variance.
+        select_by: what a channel is worth to "select" and "least_squares": "variance", what it explains of all that layers read in the images;
+            "norm", also where there are none, the squares of the weights that make it, scale it and read it.
         ridge: of "least_squares", above 0: what a step away from "select" costs, as a share of the mean second moment of what is
             read. As small as it is, it gives the best network before training; 0.1 gives a worse one that trains better.
 

@@ -16,10 +16,12 @@ SelectBy = Literal["variance", "norm"]  # what a channel is worth, see `selectio
 RIDGE = 1e-4  # of least squares, where no other is asked for: as close a fit as the images allow
 LARGEST_RIDGE = 1e6  # beside which any fit is plain selection
 TRIVIAL_VERSION = 2  # part of the identity of every stage that trains with it, likewise
-MUON_VERSION = 1  # likewise
+MUON_VERSION = (
+    1  # part of the identity of every stage that trains with it; raise it when the steps of muon.py change
+)
 Draw = Literal["fixed", "bernoulli", "uniform"]
 Augment = Literal["crop", "mirror", "trivial"]
-Optimizer = Literal["sgd", "muon"]
+OptimizerName = Literal["sgd", "muon"]
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class Recipe:
     lr_patience: int = 10
     lr_factor: float = 0.5
     batch_size: int = 128
-    optimizer: Optimizer = "sgd"
+    optimizer: OptimizerName = "sgd"
     momentum: float = 0.9
     weight_decay: float = 0.0
     label_smoothing: float = 0.0

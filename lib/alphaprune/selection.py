@@ -8,8 +8,8 @@ channels chosen so far explain taken off, channel j explains
 
 of the rest; the one that explains most is chosen, its share is taken off G, and so on. That is a pivoted Cholesky
 factorisation whose pivot is chosen by column (Farahat et al., "Efficient greedy feature selection for
-unsupervised learning", 2013). Or it is worth the sum of the squares of all weights that make it, scale it and read it, the norm of its
-group (Fang et al., "DepGraph", 2023), for which no images are needed.
+unsupervised learning", 2013). Or, by norm, the sum of the squares of all
+weights of layers that make it, scale it and read it (Fang et al., "DepGraph", 2023), for which no images are needed.
 """
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ def _greedy(blocks: list[Tensor], k: int) -> Tensor:
 
 
 def _norms(s: Structure) -> dict[int, float]:
-    """By root: the sum of the squares of all weights that make it, scale it and read it."""
+    """By root: the sum of the squares of all weights of layers that make it, scale it and read it."""
     worth: dict[int, float] = defaultdict(float)
 
     def add(ids: Tensor, squares: Tensor) -> None:
@@ -154,18 +154,15 @@ def _norms(s: Structure) -> dict[int, float]:
 
     network = s.trace.network
     for m in s.layers():
-        weight = (
-            attribute(network, m.weight).detach().double()
-        )  # (out, in / groups, ...), transposed (in, out / groups, ...)
+        # (out, in / groups, ...), where it is transposed (in, out / groups, ...)
+        weight = attribute(network, m.weight).detach().double()
         squares = weight.square().reshape(*weight.shape[:2], -1).sum(2).unflatten(0, (m.groups, -1))
         of_each = squares.mT if m.transposed else squares  # (groups, outputs, inputs)
         add(m.ids, of_each.sum(2))
         if m.ids_in is not None:
             add(m.ids_in, of_each.sum(1))
     for layer in {x.key: x for x in s.channel_layers.values() if not x.is_parameter}.values():
-        scale = getattr(
-            network.get_submodule(layer.name), "weight", None
-        )  # none of a BatchNorm that is not affine
-        if scale is not None and len(scale) == len(layer.ids):  # a PReLU may have one for all
+        scale = network.get_submodule(layer.name).weight
+        if scale is not None:
             add(layer.ids, scale.detach().double().square().reshape(len(scale), -1).sum(1))
     return worth

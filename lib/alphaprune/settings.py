@@ -25,7 +25,7 @@ from alphaprune.recipe import (
     Draw,
     Init,
     Objective,
-    Optimizer,
+    OptimizerName,
     Recipe,
     SelectBy,
 )
@@ -218,7 +218,7 @@ class Settings(_Strict):
     patience: Count
     lr_patience: Count
     lr_factor: Annotated[float, Field(gt=0, lt=1)]
-    optimizer: Optimizer = "sgd"
+    optimizer: OptimizerName = "sgd"
     momentum: Annotated[float, Field(ge=0, lt=1)]
     weight_decay: NotNegative = 0.0
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -280,7 +280,8 @@ class Settings(_Strict):
 
     @model_validator(mode="after")
     def _channels_are_selected(self) -> Settings:
-        if self.select_by != "variance" and self.init == "random" and not any(s.refit for s in self.stages):
+        inits = {self.init, *(s.refit for s in self.stages)}
+        if self.select_by != "variance" and not inits & {"select", "least_squares"}:
             raise ValueError(
                 "select_by is for init: select or least_squares; set one, or leave select_by out"
             )

@@ -26,7 +26,7 @@ from alphaprune.modes import in_eval_mode
 from alphaprune.muon import optimizer_of
 from alphaprune.objective import Loss
 from alphaprune.parallel import ParallelModel
-from alphaprune.recipe import Objective, Optimizer
+from alphaprune.recipe import Objective, OptimizerName
 from alphaprune.schedule import falling
 from alphaprune.train import accelerator_for_this_machine, check_labels, classes_of
 
@@ -57,7 +57,7 @@ def training(
     epochs: int,
     lr: float,
     teacher: nn.Module | None = None,
-    optimizer: Optimizer = "sgd",
+    optimizer: OptimizerName = "sgd",
 ) -> Iterator[Epoch]:
     """Train a model in place: an epoch each time the next one is asked for, and nothing before.
 
@@ -72,8 +72,7 @@ def training(
         epochs: how many, at least 1.
         lr: the highest learning rate, above 0.
         teacher: the network whose soft labels are nine tenths of the loss, such as the one that is pruned; the labels alone if None.
-
-        optimizer: "sgd", or "muon", which gets further in few epochs and takes longer for a step (see `muon`).
+        optimizer: "sgd", with momentum, or "muon", whose steps take longer (see `muon`); on a GPU it has not been tried.
 
     Yields:
         What each epoch came to.
@@ -83,7 +82,7 @@ def training(
             was after the one before.
 
     Source:
-        Xu et al., BERT-of-Theseus, 2020 (alpha); Hinton et al., Distilling the knowledge in a neural network, 2015.
+        Xu et al., BERT-of-Theseus, 2020 (alpha); Hinton et al., Distilling the knowledge in a neural network, 2015; Jordan et al., 2024 (Muon).
     """
     if not isinstance(epochs, int) or epochs < 1:
         raise UsageError(f"epochs is {shown(epochs)}; give a whole number, 1 at least")
@@ -99,8 +98,8 @@ def training(
         raise UsageError("the loader has no batches; with drop_last it needs as many images as one holds")
     if not any(p.requires_grad for p in model.parameters()):
         raise UsageError("no parameter of the model requires a gradient; there is nothing to train")
-    if optimizer not in get_args(Optimizer):
-        raise UsageError(f"optimizer is {shown(optimizer)}; use {', '.join(get_args(Optimizer))}")
+    if optimizer not in get_args(OptimizerName):
+        raise UsageError(f"optimizer is {shown(optimizer)}; use {', '.join(get_args(OptimizerName))}")
     return _epochs(model, loader, epochs, batches * epochs, lr, teacher, optimizer)
 
 
@@ -111,7 +110,7 @@ def _epochs(
     steps: int,
     lr: float,
     teacher: nn.Module | None,
-    optimizer_name: Optimizer,
+    optimizer_name: OptimizerName,
 ) -> Iterator[Epoch]:
     keep_freed_memory()
     accelerator = accelerator_for_this_machine()
