@@ -154,7 +154,7 @@ $(R)/notebooks/pruned.ipynb: $(H)/notebooks/03_fold_and_verify.ipynb $(H)/params
 why: | $(READY)
 	@$(BIN)/python -m alphaprune.experiment --why $(wildcard $(foreach e,pretrain $(EXPERIMENTS) pretrain_resnet20 resnet20_narrow resnet20_plain unfinished adaptive,params/$(PRESET)/$(e).yaml))
 ifneq ($(PRESET),gpu)
-	@$(BIN)/python -m alphaprune.comparison cliff controls rounded mirrored $(if $(filter report,$(PRESET)),full_size) $(if $(filter quick,$(PRESET)),small_batches ten_seeds roots residual muon) $(PRESET) --why
+	@$(BIN)/python -m alphaprune.comparison cliff controls rounded mirrored $(if $(filter report,$(PRESET)),full_size) $(if $(filter quick,$(PRESET)),small_batches ten_seeds roots ranked residual muon) $(PRESET) --why
 	@$(BIN)/python -m alphaprune.comparison controls $(PRESET) --budgets --why
 endif
 
@@ -297,6 +297,6 @@ audit: | $(READY)
 	@$(BIN)/python notebooks/audit.py requirements.lock
 
 # What is compared took hours, and is what the tables beside it say.
-COMPARED := $(addprefix $(R)/stages/,controls cliff adaptive rounded mirrored small_batches ten_seeds roots residual muon unfinished full_size) $(if $(filter gpu,$(PRESET)),$(wildcard $(R)/stages/*))
+COMPARED := $(addprefix $(R)/stages/,controls cliff adaptive rounded mirrored small_batches ten_seeds roots ranked residual muon unfinished full_size) $(if $(filter gpu,$(PRESET)),$(wildcard $(R)/stages/*))
 clean:
 	rm -rf $(R)/.inputs $(R)/.seals $(R)/notebooks $(R)/html $(R)/figures $(filter-out $(COMPARED),$(wildcard $(R)/stages/*)) $(R)/bundle $(R)/own_images $(R)/report.html $(R)/scorecard.csv

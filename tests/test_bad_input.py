@@ -184,6 +184,8 @@ FILES = {
     "match_logits negative": (stage(match_logits=-1.0), "stages.0.match_logits"),
     "draw unknown": (stage(draw="poisson"), "stages.0.draw"),
     "multiples of one ratio for all": ({"round_to": 8}, "round_to is for widths: sensitivity"),
+    "multiples of ranked widths": ({"widths": "torch-pruning-l2", "round_to": 8}, "round_to is for widths: sensitivity"),
+    "widths by another importance": ({"widths": "torch-pruning-taylor"}, "widths"),
     "power of damages that are not asked for": ({"damage_power": 0.5}, "damage_power is for widths: sensitivity"),
     "channels selected by norm for random branches": ({"select_by": "norm"}, "select_by is for init: select or least_squares"),
     "channels selected by norm for new random branches": (stage(refit="random") | {"select_by": "norm"}, "select_by is for init: select or least_squares"),

@@ -373,17 +373,17 @@ def test_narrow_networks_are_folded_or_begun_otherwise_and_train_on_plain(small)
     assert kept[0].sum() == kept[1].sum() and not torch.equal(*kept)
 
 
-def test_widths_by_sensitivity_are_the_same_for_every_way_to_narrow(small):
+def test_widths_a_layer_are_the_same_for_every_way_to_narrow(small):
     ways = ("fold", "scratch", "torch-pruning-l1")
     stages = [{"name": way, "lr": 0.01, "from": "base", "narrow": way} for way in ways]
     stages_of(small, stages, init="least_squares", init_images=100)
     found = {}
-    for widths, round_to in (("uniform", 1), ("sensitivity", 1), ("sensitivity", 4)):
+    for widths, round_to in (("uniform", 1), ("sensitivity", 1), ("sensitivity", 4), ("torch-pruning-l1", 1)):
         experiment, _, _ = run(small, widths=widths, round_to=round_to)
         shapes = [[tuple(p.shape) for p in experiment.model(way).parameters()] for way in ways]
         assert all(s == shapes[0] for s in shapes)
         found[widths, round_to] = shapes[0]
-    assert len({str(s) for s in found.values()}) == 3
+    assert len({str(s) for s in found.values()}) == 4
     assert all(s[0] % 4 == 0 for s in found["sensitivity", 4][:-2])  # the last layer gives the classes
 
 

@@ -115,7 +115,7 @@ class _Method:
             pretrained.digest(settings, self.root)
         except Missing as e:
             return str(e)
-        if settings.widths != "uniform" and recorded(settings, self.root) is None:
+        if settings.widths == "sensitivity" and recorded(settings, self.root) is None:
             return "the widths are not measured yet"
         try:
             of = self.of(lr, keep_ratio, seed, budget)
@@ -204,7 +204,8 @@ def compare(
     ratios, seeds = _runs(plan, keep_ratios, seeds, budgets)
     target = root / "results" / preset / (f"{name}_budgets.csv" if budgets else f"{name}.csv")
     for method in chosen:  # before the first of them trains
-        check_method(name, preset, method.method, plan.first_lr, ratios[0], seeds[0], root)
+        for ratio in ratios:
+            check_method(name, preset, method.method, plan.first_lr, ratio, seeds[0], root)
     _earlier(target)
     first = plan.keep_ratios[0]
     rates: dict[tuple[_Method, float], tuple[float, str]] = {}  # and those that were tried

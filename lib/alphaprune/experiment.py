@@ -191,8 +191,8 @@ class Experiment(Recorded):
         return example_image()
 
     def seconds_for_widths(self) -> float:
-        """How long it took to measure what the widths were chosen by; 0 where they are uniform."""
-        if self.settings.widths == "uniform":
+        """How long it took to measure what the widths were chosen by; 0 where nothing is measured for them."""
+        if self.settings.widths != "sensitivity":
             return 0.0
         from alphaprune.layer_widths import measured
 

@@ -1,4 +1,4 @@
-"""The keep_ratio of each layer of an experiment: one for all, or by sensitivity, measured once and recorded."""
+"""The keep_ratio of each layer of an experiment: one for all, by sensitivity, measured once and recorded, or by Torch-Pruning's ranking."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from alphaprune import data, pretrained, sources
 from alphaprune.errors import UsageError
 from alphaprune.lock import only_here
 from alphaprune.models import NETWORKS, example_image
+from alphaprune.narrowing import ranked_shares
 from alphaprune.records import SensitivityRecord, read_if_whole, write_record
 from alphaprune.sensitivity import OtherLayers, allot, damages
 from alphaprune.settings import Settings
@@ -30,6 +32,8 @@ def ratios(settings: Settings, root: Path) -> float | dict[str, float]:
     """What the settings' keep_ratio means for each layer: one number for all, or by layer name (raises UsageError)."""
     if settings.widths == "uniform":
         return settings.keep_ratio
+    if settings.widths != "sensitivity":
+        return dict(_ranked(settings, root))
     damage = tuple((group, tuple(curve.items())) for group, curve in measured_damages(settings, root).items())
     s = settings
     try:
@@ -39,6 +43,23 @@ def ratios(settings: Settings, root: Path) -> float | dict[str, float]:
         raise UsageError(f"{where}: {e}: delete that folder and run the same command again") from None
     except UsageError as e:
         raise UsageError(f"{s.experiment}, keep_ratio {s.keep_ratio:g}: {e}") from None
+
+
+_RANKED: dict[tuple[Any, ...], dict[str, float]] = {}  # a comparison asks again for every rate and seed
+
+
+def _ranked(settings: Settings, root: Path) -> dict[str, float]:
+    """Shares by Torch-Pruning's ranking of the pretrained weights, which have to be there: quick to have, so not recorded."""
+    s, importance = settings, settings.widths.rpartition("-")[2]
+    key = s.network, s.width, pretrained.digest(s, root), s.keep_ratio, importance
+    if key not in _RANKED:
+        with torch.random.fork_rng(devices=[]), torch_threads(s.threads):
+            network = pretrained.network(s, root).eval()
+            try:
+                _RANKED[key] = ranked_shares(network, s.keep_ratio, importance, example_image())
+            except UsageError as e:
+                raise UsageError(f"{s.experiment}: {e}") from None
+    return _RANKED[key]
 
 
 @lru_cache  # a second each, and a comparison asks for the same widths again for every seed

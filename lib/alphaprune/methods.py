@@ -121,9 +121,10 @@ def check_method(
 ) -> None:
     """Raise UsageError if a method's experiment could not begin; nothing is measured or trained for that."""
     shared = settings_of(name, root, method, lr, keep_ratio, seed)
-    load_settings(preset, name, root, **shared)
-    # Widths by sensitivity would be measured, and nothing that can be wrong depends on them.
-    Experiment(preset, name, root, **shared | {"widths": "uniform", "round_to": 1, "damage_power": 1.0})
+    settings = load_settings(preset, name, root, **shared)
+    if settings.widths == "sensitivity":  # would be measured, and nothing that can be wrong depends on them
+        shared |= {"widths": "uniform", "round_to": 1, "damage_power": 1.0}
+    Experiment(preset, name, root, **shared)
 
 
 def of_budget(settings: Settings, budget: float) -> dict[str, int]:

@@ -36,6 +36,7 @@ Unit = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0, le=1e30, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, le=1e30, allow_inf_nan=False)]
 Start = Literal["fold", "scratch", "torch-pruning-l1", "torch-pruning-bn", "torch-pruning-l2"]
+WidthsBy = Literal["uniform", "sensitivity", "torch-pruning-l1", "torch-pruning-bn", "torch-pruning-l2"]
 Count = Annotated[int, Field(ge=1, le=10**9)]
 _NAME = r"[A-Za-z0-9][A-Za-z0-9_.,=-]{0,79}"  # of files and folders too, so no slash, and no dot in front
 Name = Annotated[str, Field(pattern=f"^{_NAME}$")]
@@ -198,9 +199,7 @@ class Settings(_Strict):
     init_ridge: Annotated[float, Field(gt=0, le=LARGEST_RIDGE)] = (
         RIDGE  # of least squares, see `ParallelModel`
     )
-    widths: Literal["uniform", "sensitivity"] = (
-        "uniform"  # one keep_ratio for all layers, or one each at the same cost
-    )
+    widths: WidthsBy = "uniform"  # one keep_ratio for all layers, or one each at the same cost
     round_to: Count = 1  # with widths by sensitivity, channels of a layer are a multiple of this
     damage_power: Annotated[float, Field(gt=0, le=1)] = (
         1.0  # with widths by sensitivity, of each layer's damage before they are added, see `allot`
@@ -274,7 +273,7 @@ class Settings(_Strict):
     @model_validator(mode="after")
     def _widths_are_chosen(self) -> Settings:
         for name, plain in (("round_to", 1), ("damage_power", 1.0)):
-            if getattr(self, name) != plain and self.widths == "uniform":
+            if getattr(self, name) != plain and self.widths != "sensitivity":
                 raise ValueError(f"{name} is for widths: sensitivity; set that, or leave {name} out")
         return self
 
