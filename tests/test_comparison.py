@@ -110,6 +110,22 @@ def test_the_lowest_panel_of_each_column_has_its_scale(ways):
     assert scaled == [i >= ways - 3 for i in range(ways)]
 
 
+def test_a_colour_of_the_cliffs_means_one_thing_where_some_ways_have_an_alpha():
+    point = {"experiment": "e", "stage": "s", "split": "val", "value": 0.5}
+    rows = [
+        point | {"method": way, "alpha": alpha, "metric": metric, "images": n}
+        for way, alpha, metrics in (
+            ("annealed", 0.5, ("accuracy", "fold_now_running")),
+            ("plain", None, ("accuracy",)),
+        )
+        for metric in metrics
+        for n in (0, 128)
+    ]
+    (legend,) = cliffs(pd.DataFrame(rows), "t").legends
+    colours = [line.get_color() for line in legend.get_lines()]
+    assert len(colours) == len(set(colours)) == 2
+
+
 def test_the_original_is_measured_once_and_then_its_weights_are_not_needed(prepared, monkeypatch):
     weights = prepared / "results" / "smoke" / "pretrained" / "vgg16.safetensors"
     found = original("controls", "smoke", prepared)

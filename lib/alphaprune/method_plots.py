@@ -224,11 +224,12 @@ def cliffs(curves: pd.DataFrame, title: str, columns: int = 3) -> Figure:
     curves = curves[curves["split"] == "val"].assign(x=curves["images"] / 1000, y=100 * curves["value"])
     measured = curves[curves["metric"].isin(["accuracy", *FOLD_NOW])]["y"]
     lowest = SMALL if curves["alpha"].isna().all() and measured.min() >= SMALL else 0
+    label = f"validation accuracy{', at its alpha' if curves['alpha'].notna().any() else ''}"
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(4.3 * columns, 0.9 + 2.7 * rows), layout="constrained")
         panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
         for ax, way in zip(panels.flat, ways, strict=False):
-            _cliff(ax, curves[curves["method"] == way])
+            _cliff(ax, curves[curves["method"] == way], label)
             ax.set_ylim(lowest, 100)
             ax.set_title(fill(way.replace(", distilled", " (distilled)"), 48), fontsize="small")
         for ax in panels.flat[len(ways) :]:
@@ -249,14 +250,13 @@ def cliffs(curves: pd.DataFrame, title: str, columns: int = 3) -> Figure:
     return figure
 
 
-def _cliff(ax: Axes, own: pd.DataFrame) -> None:
+def _cliff(ax: Axes, own: pd.DataFrame, what: str) -> None:
     # In the order of training: where a stage ends and the next begins there are two, and the line falls or rises between them.
     accuracy = own[own["metric"] == "accuracy"]
     share = recorded_shares(own).groupby("x", as_index=False)["y"].mean()
     now = own[own["metric"].isin(FOLD_NOW)].drop_duplicates("x", keep="last")
-    label = f"validation accuracy{' at its alpha' if accuracy['alpha'].notna().any() else ''}"
     # Wide enough to be seen below the other, with which it is one at alpha 0.
-    ax.plot(accuracy["x"], accuracy["y"], color="#3d4650", lw=3.2, label=label)
+    ax.plot(accuracy["x"], accuracy["y"], color="#3d4650", lw=3.2, label=what)
     if len(now):
         ax.plot(
             now["x"], now["y"], color="royalblue", marker="o", ms=4, lw=1.6, label="if it were folded now"
