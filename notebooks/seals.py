@@ -107,20 +107,22 @@ def check(results: Path) -> list[str]:
                 os.utime(target, (0, 0))
                 damaged.setdefault(what, []).append(target.relative_to(results.parents[1]).as_posix())
     return [
-        f"{what}; {made[0]}{f' and {len(made) - 1} more' if len(made) > 1 else ''} made again"
+        f"{what}; {made[0]}{f' and {len(made) - 1} more' if len(made) > 1 else ''} counts as old"
         for what, made in damaged.items()
     ]
 
 
 def _damage(results: Path, seal: Path) -> list[str]:
+    shown = results.relative_to(results.parents[1])
+    if not seal.is_file():
+        return [f"{shown / seal.relative_to(results)} is missing, as after a run that failed or was stopped"]
     try:
         entries = [line.split("  ", 1) for line in seal.read_text().splitlines()]
         whole = bool(entries) and all(len(e) == 2 and len(e[0]) == 64 for e in entries)
     except (OSError, UnicodeDecodeError):
         whole = False
-    shown = results.relative_to(results.parents[1])
     if not whole:
-        return [f"{shown / seal.relative_to(results)} is damaged or missing"]
+        return [f"{shown / seal.relative_to(results)} is damaged"]
     found = []
     for digest, name in entries:
         path = results / name

@@ -146,6 +146,15 @@ def test_bad_files_are_refused_before_anything_runs(project, name):
     assert not (project / "results" / "smoke" / "stages").exists()
 
 
+def test_a_stage_of_another_preset_is_named_by_the_file_it_stands_in(project):
+    theirs = project / "params" / "report" / "fig1.yaml"
+    content = yaml.safe_load(theirs.read_text())
+    content["stages"][0]["lr"] = "fast"
+    theirs.write_text(yaml.safe_dump(content))
+    with pytest.raises(UsageError, match=r"params/report/fig1\.yaml: stages\.0\.lr: 'fast' is text"):
+        load_settings("smoke", "fig1", project)
+
+
 @pytest.mark.parametrize("content", ["a: [", "- 1\n- 2\n", "just text", "\x00", "1: 2"])
 def test_what_is_not_a_parameter_file_is_named(project, content):
     (project / "params" / "smoke" / "fig4.yaml").write_text(content)

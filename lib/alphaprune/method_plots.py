@@ -255,8 +255,8 @@ def _cliff(ax: Axes, own: pd.DataFrame, what: str) -> None:
     accuracy = own[own["metric"] == "accuracy"]
     share = recorded_shares(own).groupby("x", as_index=False)["y"].mean()
     now = own[own["metric"].isin(FOLD_NOW)].drop_duplicates("x", keep="last")
-    # Wide enough to be seen below the other, with which it is one at alpha 0.
-    ax.plot(accuracy["x"], accuracy["y"], color="#3d4650", lw=3.2, label=what)
+    # Wide enough to be seen below the other, if there is one, with which it is one at alpha 0.
+    ax.plot(accuracy["x"], accuracy["y"], color="#3d4650", lw=3.2 if len(now) else 1.6, label=what)
     if len(now):
         ax.plot(
             now["x"], now["y"], color="royalblue", marker="o", ms=4, lw=1.6, label="if it were folded now"

@@ -404,7 +404,8 @@ def load_settings(preset: str, experiment: str, root: Path | None = None, **give
             raise UsageError(
                 f"{origin['stages_of']}: stages_of: preset {shown(other)} does not exist; there are: {', '.join(presets)}"
             )
-        merged = _what_to_do(folder / other / f"{experiment}.yaml") | merged
+        shared = _what_to_do(theirs := folder / other / f"{experiment}.yaml")
+        merged, origin = shared | merged, dict.fromkeys(shared, theirs) | origin
     if (merged.get("preset", preset), merged.get("experiment", experiment)) != (preset, experiment):
         raise UsageError(
             f"{own_file}: preset and experiment must be '{preset}' and '{experiment}', as the file's place says"
