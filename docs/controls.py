@@ -44,6 +44,7 @@ def blocks() -> dict[str, str]:
         "mirrored": _against(rows, "mirrored", "mirrored", "cropped", "mirrored alone"),
         "small batches": _against(rows, "small_batches", "batches of 64", "batches of 128", "batches of 64"),
         "roots": _against(rows, "roots", "roots", "damages", "roots of damages"),
+        "ranked": _against(rows, "ranked", "ranked", "one ratio for all", "ranked"),
         "muon": _against(rows, "muon", "Muon", "SGD", "Muon"),
         "ten seeds": _ten_seeds(rows),
         "residual": _one(summary(pd.read_csv(RESULTS / "residual.csv"))),
