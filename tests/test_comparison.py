@@ -65,6 +65,27 @@ def prepared(project):
     return project
 
 
+def test_no_method_trains_where_one_of_its_ratios_cannot_be(prepared):
+    file = prepared / "params" / "controls.yaml"
+    content = yaml.safe_load(file.read_text())
+    ranked = {
+        "settings": {"widths": "torch-pruning-bn"},
+        "stages": [{"from": "base", "narrow": "torch-pruning-bn", "lr": "{lr}"}],
+    }
+    scratch = content["methods"]["scratch"]
+    file.write_text(
+        yaml.safe_dump(content | {"methods": {"scratch": scratch, "torch-pruning, ranked": ranked}})
+    )
+    for first, asked in (
+        ([0.5], [0.5, 0.01]),
+        ([0.01, 0.5], [0.5]),
+    ):  # the search is at the first of the file
+        file.write_text(yaml.safe_dump(yaml.safe_load(file.read_text()) | {"keep_ratios": first}))
+        with pytest.raises(UsageError, match=r"keep_ratio 0\.01 leaves none of the .* channels"):
+            compare("controls", "smoke", prepared, keep_ratios=asked, say=lambda line: None)
+    assert not (prepared / "results" / "smoke" / "stages" / "controls").exists()
+
+
 def test_the_table_is_written_equal_images_and_nothing_trains_twice(prepared):
     lines = []
     table = compare("controls", "smoke", prepared, seeds=[0, 1], jobs=2, say=lines.append)

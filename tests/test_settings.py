@@ -153,6 +153,10 @@ def test_a_stage_of_another_preset_is_named_by_the_file_it_stands_in(project):
     theirs.write_text(yaml.safe_dump(content))
     with pytest.raises(UsageError, match=r"params/report/fig1\.yaml: stages\.0\.lr: 'fast' is text"):
         load_settings("smoke", "fig1", project)
+    theirs = project / "params" / "report" / "resnet20_narrow.yaml"
+    theirs.write_text(yaml.safe_dump(yaml.safe_load(theirs.read_text()) | {"folds": ["best"]}))
+    with pytest.raises(UsageError, match=r"params/report/resnet20_narrow\.yaml: folds"):
+        load_settings("smoke", "resnet20_narrow", project)
 
 
 @pytest.mark.parametrize("content", ["a: [", "- 1\n- 2\n", "just text", "\x00", "1: 2"])

@@ -204,7 +204,7 @@ def compare(
     ratios, seeds = _runs(plan, keep_ratios, seeds, budgets)
     target = root / "results" / preset / (f"{name}_budgets.csv" if budgets else f"{name}.csv")
     for method in chosen:  # before the first of them trains
-        for ratio in ratios:
+        for ratio in dict.fromkeys((plan.keep_ratios[0], *ratios)):  # the search begins at the first of all
             check_method(name, preset, method.method, plan.first_lr, ratio, seeds[0], root)
     _earlier(target)
     first = plan.keep_ratios[0]

@@ -503,5 +503,5 @@ def _validate(
             message = f"{shown(value)} is text, a number is needed{hint}"
         else:
             message = f"{message}, not {shown(value)}"
-        file = origin.get(key, file)
+        file = origin.get(str(first["loc"][0]) if first["loc"] else key, file)
         raise UsageError(f"{file}: {key}: {message}" if key else f"{file}: {message}") from None
