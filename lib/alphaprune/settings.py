@@ -199,7 +199,7 @@ class Settings(_Strict):
     init_ridge: Annotated[float, Field(gt=0, le=LARGEST_RIDGE)] = (
         RIDGE  # of least squares, see `ParallelModel`
     )
-    widths: WidthsBy = "uniform"  # one keep_ratio for all layers, or one each at the same cost
+    widths: WidthsBy = "uniform"  # one keep_ratio for all layers, or one each for as many multiply-adds
     round_to: Count = 1  # with widths by sensitivity, channels of a layer are a multiple of this
     damage_power: Annotated[float, Field(gt=0, le=1)] = (
         1.0  # with widths by sensitivity, of each layer's damage before they are added, see `allot`
