@@ -8,7 +8,7 @@ from collections import defaultdict
 import pytest
 import torch
 import torchvision
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 from test_any_network import PARTS, Random
 from test_fold import scramble
@@ -19,6 +19,7 @@ from alphaprune import ParallelModel, UsageError, fold
 from alphaprune.initialise import TooFewImages
 from alphaprune.models import resnet20, vgg16
 from alphaprune.narrowing import torch_pruning
+from alphaprune.widths import Widths
 
 CASES = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 parts = st.lists(st.sampled_from(sorted(PARTS)), min_size=1, max_size=4)
@@ -139,12 +140,16 @@ def doubled(seed):
 
 @CASES
 @given(seeds)
+@example(101)  # a channel that the images never show
 def test_twins_are_told_from_each_other_and_half_the_channels_give_the_same(seed):
     network, x = doubled(seed), torch.randn(40, 2, 8, 8, dtype=torch.float64)
     model = ParallelModel(network, 0.5, x[:2], init="least_squares", images=x)
     model.alpha = 0.0
     small, _ = fold(model)
-    new, expected = torch.randn(9, 2, 8, 8, dtype=torch.float64), None
+    new = torch.randn(9, 2, 8, 8, dtype=torch.float64)
+    # Least squares knows nothing of a channel that is 0 for all images it was given; where one is not, for a new one, its twin is lost.
+    dead = [(network[:behind](x) == 0).all(0).all(-1).all(-1) for behind in (3, 6)]
+    assume(all((network[:behind](new)[:, d] == 0).all() for behind, d in zip((3, 6), dead, strict=True)))
     expected = network(new)
     # The ridge, 1e-4, draws towards giving each twin back alone, so not to rounding.
     assert (small(new) - expected).abs().max() <= 0.05 * expected.abs().max()
@@ -167,6 +172,37 @@ def test_least_squares_says_what_it_does_not_reach_and_comes_nearer_than_selecti
     assert distance["least_squares"] < distance["select"] < distance["random"]
     assert model.least_squares.keys() == {m.name for m in model.mixers if m.key in model.expand}
     assert all(0 <= found["unread"] < 1 and found["ridge"] == 1e-4 for found in model.least_squares.values())
+
+
+@CASES
+@given(parts, st.sampled_from(["mean", "flatten"]), st.integers(0, 9), seeds)
+def test_before_the_first_channel_that_goes_nothing_is_fitted_and_all_else_is_as_if_it_were(
+    parts, head, which, seed
+):
+    """One layer narrowed, as the measurement of widths does for each."""
+    network, x = network_and_images(parts, head, seed)
+    layers = [m.name for m in ParallelModel(network, 1.0, x[:2]).mixers]
+    ratios = {layers[which % len(layers)]: 0.5}
+
+    def fitted():
+        return ParallelModel(network, ratios, x[:2], init="least_squares", images=x)
+
+    try:
+        short = fitted()
+    except UsageError as e:
+        assert "different numbers" in str(e)
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Widths, "all_stay", lambda self, node: False)
+        whole = fitted()
+    assert short.least_squares.keys() <= whole.least_squares.keys()
+    assert all(
+        whole.least_squares[name]["unread"] < 1e-12
+        for name in whole.least_squares.keys() - short.least_squares.keys()
+    )
+    assert short.state_dict().keys() == whole.state_dict().keys()
+    for a, b in zip(short.state_dict().values(), whole.state_dict().values(), strict=True):
+        assert torch.allclose(a, b, rtol=1e-6, atol=1e-6)
 
 
 def test_the_network_its_mode_and_the_random_numbers_stay():

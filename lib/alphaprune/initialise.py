@@ -116,8 +116,9 @@ def fit_branches(model: Lockstep, batches: Sequence[Inputs], ridge: float = RIDG
         ridge: what a step away from selection costs, as a share of the mean second moment of what is read.
 
     Returns:
-        By layer name: `unread`, the share of the second moments of what the layer reads that E does not reach; `lost`, the
-        share of those of its channels that stay that R does not reach; `places`, how many there were for each channel; and the `ridge` used.
+        By layer name, where channels are gone in what the layer reads or gives: `unread`, the share of the second moments of what it reads
+        that E does not reach; `lost`, the share of those of its channels that stay that R does not reach; `places`, how many there were for each
+        channel; and the `ridge` used.
 
     Warns:
         TooFewImages: where there are fewer than `PLACES` places a channel.
@@ -126,6 +127,7 @@ def fit_branches(model: Lockstep, batches: Sequence[Inputs], ridge: float = RIDG
     original: list[dict[str, Any]] = [{} for _ in batches]
     narrow: list[dict[str, Any]] = [{} for _ in batches]
     report: dict[str, Any] = {}
+    alike: set[str] = set()  # nodes before which no channel is gone: both programs hold the same there
     last = {n: node for node in trace.nodes for n in node.all_input_nodes}  # who reads it last
     inputs = [n for n in trace.nodes if n.op == "placeholder"]
     with in_eval_mode(model), full_float32():
@@ -133,13 +135,22 @@ def fit_branches(model: Lockstep, batches: Sequence[Inputs], ridge: float = RIDG
             mixer = own.mixers.get(node.name)
             if node.op == "output":
                 break
+            if model.widths.all_stay(node.name) and alike.issuperset(r.name for r in node.all_input_nodes):
+                alike.add(node.name)
             if node.op == "placeholder":
                 for given, o, n in zip(batches, original, narrow, strict=True):
                     o[node.name] = n[node.name] = given[inputs.index(node)]
             elif mixer is None:
                 for o, n in zip(original, narrow, strict=True):
                     o[node.name] = model.channelwise(node, o, narrow=False)
-                    n[node.name] = model.channelwise(node, n, narrow=True)
+                    n[node.name] = (
+                        o[node.name] if node.name in alike else model.channelwise(node, n, narrow=True)
+                    )
+            elif node.name in alike:  # R and E, which give all back, are what least squares would find
+                for o, n in zip(original, narrow, strict=True):
+                    o[node.name] = n[node.name] = model.call_mixer(
+                        node, o[node.args[0].name], *_own(model, mixer)
+                    )
             else:
                 found = _mix(model, node, mixer, original, narrow, ridge)
                 if found:
@@ -165,8 +176,7 @@ def _mix(
 ) -> dict[str, float]:
     """A mixer in both programs, its E fitted before it runs and its R behind it, where it is used first."""
     source, first = node.args[0].name, node.name == m.key
-    weight = attribute(model.network, m.weight)
-    bias = None if m.bias is None else attribute(model.network, m.bias)
+    weight, bias = _own(model, m)
     reduce, expand = (d[m.key] if m.key in d else None for d in (model.reduce, model.expand))
     found: dict[str, float] = {}
     if first and expand is not None:
@@ -195,6 +205,11 @@ def _mix(
     return found
 
 
+def _own(model: Lockstep, m: Mixer) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of a mixer in the original."""
+    return attribute(model.network, m.weight), None if m.bias is None else attribute(model.network, m.bias)
+
+
 def _regress(
     weight: Tensor, pairs: list[tuple[Tensor, Tensor]], groups: int, ridge: float, centred: bool = False
 ) -> tuple[float, float, float]:
@@ -214,13 +229,13 @@ def _regress(
     outputs, inputs = len(weight), weight.shape[1] * groups
     a, b = (torch.zeros(n, inputs, dtype=torch.float64, device=weight.device) for n in (inputs, outputs))
     total, places = 0.0, sum(len(x) for _, x in pairs)
-    mean_y, mean_x = (sum(t[i].double().sum(0) for t in pairs) / places for i in (0, 1))
     for y, x in pairs:
         a += moments(x, x)
         b += moments(y, x)
-        total += y.double().square().sum().item()
+        total += torch.linalg.vector_norm(y, dtype=torch.float64).item() ** 2
     uncentred = a.diagonal().clone()
     if centred:
+        mean_y, mean_x = (sum(t[i].double().sum(0) for t in pairs) / places for i in (0, 1))
         a -= places * torch.outer(mean_x, mean_x)
         b -= places * torch.outer(mean_y, mean_x)
         total -= places * mean_y.square().sum().item()

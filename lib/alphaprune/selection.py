@@ -39,12 +39,12 @@ def select(widths: Widths, batches: Iterable[Inputs] | None = None) -> Widths:
     """
     s = widths.structure
     worth = _norms(s) if batches is None else None
-    seen_by = {} if batches is None else _second_moments(s, batches)
+    narrowed = [atom for atom in s.atoms if not widths.kept[atom].all()]
+    roots = {r for atom in narrowed for r in atom.tolist()}
+    seen_by = _second_moments(s, roots, batches) if roots and batches is not None else {}
     kept = widths.kept.clone()
-    for atom in s.atoms:
+    for atom in narrowed:
         k = int(widths.kept[atom].sum())
-        if k == len(atom):
-            continue  # all of them stay
         if worth is None:
             chosen = _greedy(_blocks(s, atom, seen_by), k)
         else:
@@ -69,11 +69,11 @@ def moments(y: Tensor, x: Tensor) -> Tensor:
     return (y.to(dtype).T @ x.to(dtype)).double()
 
 
-def _second_moments(s: Structure, batches: Iterable[Inputs]) -> dict[str, Tensor]:
-    """X^T X of what each mixer reads that is narrowed, (C, C), by the mixer's key."""
+def _second_moments(s: Structure, roots: set[int], batches: Iterable[Inputs]) -> dict[str, Tensor]:
+    """X^T X of what each mixer reads that reads channels of these roots, (C, C), by the mixer's key."""
     readers = defaultdict(list)
     for m in s.layers():
-        if m.reads is not None and not s.is_fixed(m.ids_in):
+        if m.reads is not None and not roots.isdisjoint(s.ties.roots(m.ids_in).flatten().tolist()):
             readers[m.source].append(m)
     sums: dict[str, Tensor] = {}
 

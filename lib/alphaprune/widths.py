@@ -54,6 +54,14 @@ class Widths:
         kept, n = self.positions(layer.ids), self.entries(layer.key, layer.dim)
         return kept if len(kept) == n else torch.arange(n) * len(layer.ids) // n
 
+    def all_stay(self, node: str) -> bool:
+        """Whether the narrow program gives as many channels at a node as the wide one."""
+        wide = self.structure.trace.values[node]
+        shapes = (
+            [getattr(v, "shape", v) for v in tree_flatten(x)[0]] for x in (self.values.get(node, wide), wide)
+        )
+        return next(shapes) == next(shapes)
+
     def read_by(self, mixer: Mixer) -> int:
         """Channels a mixer reads in the narrow program."""
         entries = self.entries(mixer.source, mixer.dim)
