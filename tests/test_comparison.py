@@ -17,7 +17,7 @@ from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 
-from alphaprune import UsageError, comparison, data
+from alphaprune import UsageError, comparison, data, layer_widths
 from alphaprune.comparison import (
     COLUMNS,
     climb,
@@ -84,6 +84,28 @@ def test_no_method_trains_where_one_of_its_ratios_cannot_be(prepared):
         with pytest.raises(UsageError, match=r"keep_ratio 0\.01 leaves none of the .* channels"):
             compare("controls", "smoke", prepared, keep_ratios=asked, say=lambda line: None)
     assert not (prepared / "results" / "smoke" / "stages" / "controls").exists()
+
+
+def test_ranked_widths_are_of_the_weights_and_why_says_so_where_these_are_gone(prepared):
+    file = prepared / "params" / "controls.yaml"
+    content = yaml.safe_load(file.read_text())
+    ranked = {
+        "settings": {"widths": "torch-pruning-l2"},
+        "stages": [{"from": "base", "narrow": "torch-pruning-l2", "lr": "{lr}"}],
+    }
+    file.write_text(
+        yaml.safe_dump(
+            content | {"methods": {"torch-pruning, ranked": ranked}, "lrs": [0.01], "first_lr": 0.01}
+        )
+    )
+    of = experiment("controls", "smoke", "torch-pruning, ranked", 0.01, 0.5, 0, root=prepared)
+    assert of.seconds_for_widths() == 0
+    (line,) = reasons("controls", "smoke", prepared)
+    assert line.endswith("lr 0.01 is to be tried at keep_ratio 0.5: stage-0 not recorded yet")
+    (prepared / "results" / "smoke" / "pretrained" / "vgg16.safetensors").unlink()
+    layer_widths._RANKED.clear()  # of this process, which has asked before
+    (line,) = reasons("controls", "smoke", prepared)
+    assert "vgg16.safetensors is missing" in line
 
 
 def test_the_table_is_written_equal_images_and_nothing_trains_twice(prepared):

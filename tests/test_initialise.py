@@ -16,7 +16,7 @@ from torch import nn
 from torch.optim.swa_utils import update_bn
 
 from alphaprune import ParallelModel, UsageError, fold
-from alphaprune.initialise import TooFewImages
+from alphaprune.initialise import TooFewImages, fit_branches
 from alphaprune.models import resnet20, vgg16
 from alphaprune.narrowing import torch_pruning
 from alphaprune.widths import Widths
@@ -203,6 +203,35 @@ def test_before_the_first_channel_that_goes_nothing_is_fitted_and_all_else_is_as
     assert short.state_dict().keys() == whole.state_dict().keys()
     for a, b in zip(short.state_dict().values(), whole.state_dict().values(), strict=True):
         assert torch.allclose(a, b, rtol=1e-6, atol=1e-6)
+
+
+@CASES
+@given(parts, st.sampled_from(["mean", "flatten"]), seeds)
+def test_models_are_fitted_side_by_side_as_each_alone(parts, head, seed):
+    network, x = network_and_images(parts, head, seed)
+    try:
+        alone = [ParallelModel(network, r, x[:2], init="least_squares", images=x) for r in (0.35, 0.8)]
+    except UsageError as e:
+        assert "different numbers" in str(e)
+        return
+    together = [ParallelModel(network, m.widths, x[:2], init="select") for m in alone]
+    for model, single, fit in zip(together, alone, fit_branches(together, [(x,)]), strict=True):
+        assert fit.report == single.least_squares
+        for a, b in zip(model.state_dict().values(), single.state_dict().values(), strict=True):
+            assert torch.equal(a, b)
+        model.eval().alpha = 0.0
+        expected = model(x)
+        assert (fit.answers[0] - expected).abs().max() <= 1e-9 * expected.abs().max()
+
+
+def test_the_channels_of_another_model_of_the_network_can_be_given():
+    network, x = network_and_images(["conv", "residual"], "mean", 1)
+    first = ParallelModel(network, 0.5, x[:2], init="select", images=x)
+    again = ParallelModel(network, first.widths, x[:2], init="select")
+    assert torch.equal(first.widths.kept, again.widths.kept) and again.keep_ratio is None
+    other, _ = network_and_images(["conv"], "mean", 1)
+    with pytest.raises(UsageError, match="widths of a model of another network"):
+        ParallelModel(other, first.widths, x[:2])
 
 
 def test_the_network_its_mode_and_the_random_numbers_stay():

@@ -8,6 +8,7 @@ import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from test_any_network import PARTS, Random
+from test_fold import scramble
 from torch import nn
 
 from alphaprune import ParallelModel, UsageError, plan
@@ -51,6 +52,25 @@ def test_never_more_than_uniform_and_ties_are_kept(parts, keep_ratio, round_to, 
     assert model.keep_ratio == ratios
     kept = [(len(model.widths.positions(m.ids)), len(m.ids)) for m in model.mixers if m.name in ratios]
     assert all(k % round_to == 0 or k == c for k, c in kept), kept
+
+
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.lists(st.sampled_from(PLAIN), min_size=1, max_size=3), st.integers(0, 2**31))
+def test_a_damage_is_what_one_model_with_that_group_narrowed_has(parts, seed):
+    """Though what does not differ among groups and ratios is computed once for all."""
+    torch.manual_seed(seed)
+    network = Random(parts, [12] * (len(parts) + 1), "mean").double()
+    scramble(network, seed)
+    network, images = network.eval(), torch.randn(130, 2, 8, 8, dtype=torch.float64)
+    expected = network(images).log_softmax(1)
+    for group, curve in damages(network, images, ratios=(0.3, 0.7)).items():
+        for ratio, damage in curve.items():
+            shares = {name: ratio for name in group.split(", ")}
+            model = ParallelModel(network, shares, images[:1], init="least_squares", images=images).eval()
+            model.alpha = 0.0
+            answers = model(images).log_softmax(1)
+            alone = nn.functional.kl_div(answers, expected, reduction="batchmean", log_target=True).item()
+            assert damage == pytest.approx(alone, rel=1e-6, abs=1e-10)
 
 
 def test_a_layer_that_does_not_matter_is_narrowed_most_and_the_same_comes_out_each_time():

@@ -14,9 +14,11 @@ of Zhang et al., "Accelerating very deep convolutional networks for classificati
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -106,64 +108,98 @@ def _places(kept: Tensor, weight: Tensor, groups: int, reduce: bool) -> Tensor:
     return matrix
 
 
+@dataclass(frozen=True)
+class Fit:
+    """What came of least squares.
+
+    Attributes:
+        report: by layer name, where channels are gone in what the layer reads or gives: `unread`, the share of the second moments of what it
+            reads that E does not reach; `lost`, the share of those of its channels that stay that R does not reach; `places`, how many there
+            were for each channel; and the `ridge` used.
+        answers: what the narrow program gives, for each batch.
+    """
+
+    report: dict[str, dict[str, float]]
+    answers: list[Any]
+
+
 @torch.no_grad()
-def fit_branches(model: Lockstep, batches: Sequence[Inputs], ridge: float = RIDGE) -> dict[str, Any]:
+def fit_branches(models: Sequence[Lockstep], batches: Sequence[Inputs], ridge: float = RIDGE) -> list[Fit]:
     """Set every E and R by least squares, layer after layer, and say what came of it.
 
     Args:
-        model: with R and E as `put_back` leaves them.
+        models: of one network, with R and E as `put_back` leaves them. What the network holds is computed once for all of them.
         batches: inputs of the network. All that is needed of one layer is held for all of them at once.
         ridge: what a step away from selection costs, as a share of the mean second moment of what is read.
 
     Returns:
-        By layer name, where channels are gone in what the layer reads or gives: `unread`, the share of the second moments of what it reads
-        that E does not reach; `lost`, the share of those of its channels that stay that R does not reach; `places`, how many there were for each
-        channel; and the `ridge` used.
+        One for each model.
 
     Warns:
         TooFewImages: where there are fewer than `PLACES` places a channel.
     """
-    own, trace = model.structure, model.structure.trace
+    first, trace = models[0], models[0].structure.trace
     original: list[dict[str, Any]] = [{} for _ in batches]
-    narrow: list[dict[str, Any]] = [{} for _ in batches]
-    report: dict[str, Any] = {}
-    alike: set[str] = set()  # nodes before which no channel is gone: both programs hold the same there
+    sides = [_Narrow(model, [{} for _ in batches]) for model in models]
     last = {n: node for node in trace.nodes for n in node.all_input_nodes}  # who reads it last
     inputs = [n for n in trace.nodes if n.op == "placeholder"]
-    with in_eval_mode(model), full_float32():
+    with in_eval_mode(*models), full_float32():
         for node in trace.nodes:
-            mixer = own.mixers.get(node.name)
             if node.op == "output":
                 break
-            if model.widths.all_stay(node.name) and alike.issuperset(r.name for r in node.all_input_nodes):
-                alike.add(node.name)
-            if node.op == "placeholder":
-                for given, o, n in zip(batches, original, narrow, strict=True):
-                    o[node.name] = n[node.name] = given[inputs.index(node)]
-            elif mixer is None:
-                for o, n in zip(original, narrow, strict=True):
-                    o[node.name] = model.channelwise(node, o, narrow=False)
-                    n[node.name] = (
-                        o[node.name] if node.name in alike else model.channelwise(node, n, narrow=True)
-                    )
-            elif node.name in alike:  # R and E, which give all back, are what least squares would find
-                for o, n in zip(original, narrow, strict=True):
-                    o[node.name] = n[node.name] = model.call_mixer(
-                        node, o[node.args[0].name], *_own(model, mixer)
-                    )
-            else:
-                found = _mix(model, node, mixer, original, narrow, ridge)
-                if found:
-                    report.setdefault(mixer.name, found)
+            mixer = first.structure.mixers.get(node.name)
+            for given, o in zip(batches, original, strict=True):
+                if node.op == "placeholder":
+                    o[node.name] = given[inputs.index(node)]
+                elif mixer is None:
+                    o[node.name] = first.channelwise(node, o, narrow=False)
+                else:
+                    o[node.name] = first.call_mixer(node, o[node.args[0].name], *_own(first, mixer))
+            for side in sides:
+                side.go_on(node, original, ridge)
             for read in [r for r in node.all_input_nodes if last[r] is node]:
-                for values in (*original, *narrow):
+                for values in itertools.chain(original, *(side.values for side in sides)):
                     del values[read.name]
     given = sum(len(inputs[0]) for inputs in batches)
-    scarce = {name: found["places"] for name, found in report.items() if found["places"] < PLACES}
-    if scarce and ridge < LARGER_RIDGE:
-        needed = {name: math.ceil(given * PLACES / places) for name, places in scarce.items()}
-        warnings.warn(TooFewImages(needed, given, max(ridge, LARGER_RIDGE)), stacklevel=4)
-    return report
+    for side in sides:
+        scarce = {name: found["places"] for name, found in side.report.items() if found["places"] < PLACES}
+        if scarce and ridge < LARGER_RIDGE:
+            needed = {name: math.ceil(given * PLACES / places) for name, places in scarce.items()}
+            warnings.warn(TooFewImages(needed, given, max(ridge, LARGER_RIDGE)), stacklevel=4)
+    return [Fit(side.report, side.given(node)) for side in sides]
+
+
+class _Narrow:
+    """The narrow program of a model, as far as it has come.
+
+    Args:
+        model: its branches are fitted.
+        values: by node name what it holds, for each batch.
+    """
+
+    def __init__(self, model: Lockstep, values: list[dict[str, Any]]):
+        self.model, self.values = model, values
+        self.report: dict[str, dict[str, float]] = {}
+        self.alike: set[str] = set()  # nodes before which no channel is gone: it holds what the original does
+
+    def go_on(self, node: fx.Node, original: list[dict[str, Any]], ridge: float) -> None:
+        """Run one more node, and fit it first if it mixes; the original holds what it gives there."""
+        model, mixer = self.model, self.model.structure.mixers.get(node.name)
+        before = {r.name for r in node.all_input_nodes}
+        if node.op == "placeholder" or (model.widths.all_stay(node.name) and before <= self.alike):
+            # R and E, which give all back, are what least squares would find.
+            self.alike.add(node.name)
+            for o, n in zip(original, self.values, strict=True):
+                n[node.name] = o[node.name]
+        elif mixer is None:
+            for n in self.values:
+                n[node.name] = model.channelwise(node, n, narrow=True)
+        elif found := _mix(model, node, mixer, original, self.values, ridge):
+            self.report.setdefault(mixer.name, found)
+
+    def given(self, output: fx.Node) -> list[Any]:
+        """What the program gives at the output, for each batch."""
+        return [fx.node.map_arg(output.args[0], lambda n, held=held: held[n.name]) for held in self.values]
 
 
 def _mix(
@@ -174,7 +210,7 @@ def _mix(
     narrow: list[dict[str, Any]],
     ridge: float,
 ) -> dict[str, float]:
-    """A mixer in both programs, its E fitted before it runs and its R behind it, where it is used first."""
+    """A mixer in the narrow program, its E fitted before it runs and its R behind it, where it is used first."""
     source, first = node.args[0].name, node.name == m.key
     weight, bias = _own(model, m)
     reduce, expand = (d[m.key] if m.key in d else None for d in (model.reduce, model.expand))
@@ -186,8 +222,7 @@ def _mix(
         ]
         found["unread"], found["ridge"], found["places"] = _regress(expand.weight, pairs, m.groups, ridge)
     whole = compose(weight, None, expand, m.groups, m.transposed)
-    for o, n in zip(original, narrow, strict=True):
-        o[node.name] = model.call_mixer(node, o[source], weight, bias)
+    for n in narrow:
         n[node.name] = model.call_mixer(node, n[source], whole, bias)
     if first and reduce is not None and expand is not None:
         kept = model.widths.positions(m.ids)

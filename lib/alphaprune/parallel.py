@@ -19,6 +19,7 @@ from __future__ import annotations
 import copy
 from collections import ChainMap
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from numbers import Real
 from typing import Any, get_args
 
@@ -37,7 +38,7 @@ from alphaprune.modes import in_eval_mode
 from alphaprune.recipe import LARGEST_RIDGE, RIDGE, Init, SelectBy
 from alphaprune.selection import select
 from alphaprune.trace import as_inputs, check_network, layers_in_place, trace
-from alphaprune.widths import KeepRatio, call, choose, for_target, is_narrow
+from alphaprune.widths import KeepRatio, Widths, call, choose, for_target, is_narrow
 
 WIDE, NARROW = "wide", "narrow"
 BATCHNORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -52,7 +53,7 @@ class ParallelModel(nn.Module):
         network: a CNN that `torch.fx` can trace. It is copied, not changed.
         keep_ratio: share of the channels that the narrow program has, in (0, 1]: k = int(C * keep_ratio). Also a mapping
             from names of layers, of modules that contain them, or patterns, to shares; the last match counts, layers that
-            nothing matches keep all, tied layers keep the largest of their shares.
+            nothing matches keep all, tied layers keep the largest of their shares. Or the `widths` of another model of such a network: its channels.
         example_input: a batch as the network expects it, (N, C, H, W), on the network's device; a tuple of tensors for
             several inputs.
         exclude: names or patterns, such as `layer4.*`, of layers whose output channels are all kept.
@@ -69,7 +70,7 @@ class ParallelModel(nn.Module):
             read. As small as it is, it gives the best network before training; 0.1 gives a worse one that trains better.
 
     Attributes:
-        keep_ratio: as given or found.
+        keep_ratio: as given or found; None where channels were given.
         alpha: 1.0 at first. Set it to one number in [0, 1], to one number a mixer (a sequence), or to a mapping
             from layer names to numbers. Mixers that read nothing narrowed, as the first, have none.
         train_wide: whether the pretrained weights train (True at first), those that required a gradient. Running statistics of BatchNorm follow
@@ -80,7 +81,7 @@ class ParallelModel(nn.Module):
             shift (False).
         observer: called in each run with a mixer's key and what it reads before that is blended, wide (None where nothing wide is
             read) and narrow; None (as it is at first) to leave that.
-        least_squares: by layer name what least squares did not reach, see `initialise.fit_branches`; None where nothing was fitted.
+        least_squares: by layer name what least squares did not reach, see `initialise.Fit`; None where nothing was fitted.
         structure, widths: which channels are tied and why some stay (see `graph`), and how many are left.
 
     Raises:
@@ -100,7 +101,7 @@ class ParallelModel(nn.Module):
     def __init__(
         self,
         network: nn.Module,
-        keep_ratio: KeepRatio | None = None,
+        keep_ratio: KeepRatio | Widths | None = None,
         example_input: Tensor | tuple[Tensor, ...] | None = None,
         *,
         exclude: Sequence[str] = (),
@@ -141,7 +142,13 @@ class ParallelModel(nn.Module):
             self.network.get_submodule(name).inplace = False
         self.example_input = tuple(x.detach() for x in as_inputs(example_input) if isinstance(x, Tensor))
         self.structure = read(trace(self.network, example_input, self.in_place), exclude or ())
-        if for_macs is not None:
+        if isinstance(keep_ratio, Widths):
+            if keep_ratio.kept.shape != self.structure.ties.all.shape:
+                raise UsageError(
+                    "keep_ratio holds the widths of a model of another network; give those of this one's"
+                )
+            self.keep_ratio, self.widths = None, replace(keep_ratio, structure=self.structure)
+        elif for_macs is not None:
             self.keep_ratio, self.widths = for_target(self.structure, for_macs, "multiply_adds", round_to)
         elif for_params is not None:
             self.keep_ratio, self.widths = for_target(self.structure, for_params, "parameters", round_to)
@@ -149,7 +156,7 @@ class ParallelModel(nn.Module):
             self.keep_ratio = 0.34375 if keep_ratio is None else keep_ratio
             self.widths = choose(self.structure, self.keep_ratio, round_to)
         batches = _check_init(init, images, self.example_input, ridge, select_by)
-        if init != "random":
+        if init != "random" and not isinstance(keep_ratio, Widths):
             self.widths = select(self.widths, batches if select_by == "variance" else None)
         self._narrow = self._narrow_nodes()
         self._last_read = self.structure.trace.last_read()
@@ -171,7 +178,9 @@ class ParallelModel(nn.Module):
         self._check_same_function(network)
         if init != "random":
             put_back(self)
-        self.least_squares = fit_branches(self, batches, ridge) if init == "least_squares" else None
+        self.least_squares = (
+            fit_branches([self], batches, ridge)[0].report if init == "least_squares" else None
+        )
 
     @property
     def mixers(self) -> list[Mixer]:

@@ -15,7 +15,7 @@ weights of layers that make it, scale it and read it (Fang et al., "DepGraph", 2
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 import torch
@@ -30,18 +30,22 @@ Inputs = tuple[Tensor, ...]
 STEPS = 512  # of the choice in a group, about; where more channels stay, several are chosen at a step
 
 
-def select(widths: Widths, batches: Iterable[Inputs] | None = None) -> Widths:
+Moments = Mapping[str, Tensor]  # X^T X of what a mixer reads, (C, C), by the mixer's key
+
+
+def select(widths: Widths, batches: Iterable[Inputs] | None = None, seen_by: Moments | None = None) -> Widths:
     """As many channels of every tied group as `widths` keeps, but those worth most.
 
     Args:
         widths: how many channels stay.
         batches: inputs of the network; None to go by the weights' norms.
+        seen_by: in place of these, what `second_moments` gave for them.
     """
     s = widths.structure
-    worth = _norms(s) if batches is None else None
+    worth = _norms(s) if batches is None and seen_by is None else None
     narrowed = [atom for atom in s.atoms if not widths.kept[atom].all()]
-    roots = {r for atom in narrowed for r in atom.tolist()}
-    seen_by = _second_moments(s, roots, batches) if roots and batches is not None else {}
+    if seen_by is None and worth is None and narrowed:
+        seen_by = second_moments(s, {r for atom in narrowed for r in atom.tolist()}, batches)
     kept = widths.kept.clone()
     for atom in narrowed:
         k = int(widths.kept[atom].sum())
@@ -69,7 +73,7 @@ def moments(y: Tensor, x: Tensor) -> Tensor:
     return (y.to(dtype).T @ x.to(dtype)).double()
 
 
-def _second_moments(s: Structure, roots: set[int], batches: Iterable[Inputs]) -> dict[str, Tensor]:
+def second_moments(s: Structure, roots: set[int], batches: Iterable[Inputs]) -> Moments:
     """X^T X of what each mixer reads that reads channels of these roots, (C, C), by the mixer's key."""
     readers = defaultdict(list)
     for m in s.layers():
@@ -93,7 +97,7 @@ def _second_moments(s: Structure, roots: set[int], batches: Iterable[Inputs]) ->
     return sums
 
 
-def _blocks(s: Structure, atom: Tensor, seen_by: dict[str, Tensor]) -> list[Tensor]:
+def _blocks(s: Structure, atom: Tensor, seen_by: Moments) -> list[Tensor]:
     """For each mixer that reads channels of a tied group, their second moments, (n, n), with trace 1.
 
     A channel that a mixer reads several times, as after a concatenation with itself, counts once for each.

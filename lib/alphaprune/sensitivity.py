@@ -22,6 +22,7 @@ import math
 import random
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,16 +32,16 @@ from torch.utils._pytree import tree_flatten
 
 from alphaprune.errors import UsageError, shown
 from alphaprune.graph import Mixer, Structure
-from alphaprune.initialise import TooFewImages
+from alphaprune.initialise import TooFewImages, fit_branches
 from alphaprune.modes import in_eval_mode
-from alphaprune.parallel import ParallelModel
+from alphaprune.parallel import INITIAL_BATCH, ParallelModel
+from alphaprune.selection import Inputs, second_moments, select
 from alphaprune.trace import as_inputs
 from alphaprune.widths import check_round_to, choose, costs
 
 RATIOS = (0.12, 0.35, 0.65)
 LEAST = 0.05  # share of its channels that a group keeps at least
 EXCHANGES = 40_000  # random changes that the search tries
-BATCH = 250
 
 
 class OtherLayers(UsageError):
@@ -95,7 +96,9 @@ def _damages(
 ) -> dict[str, dict[float, float]]:
     example = tuple(x[:1] for x in as_inputs(images))
     structure = ParallelModel(network, 1.0, example, exclude=exclude).structure
-    expected = _answers(network, images)
+    batches = list(zip(*(x.split(INITIAL_BATCH) for x in as_inputs(images)), strict=True))
+    seen_by = second_moments(structure, {r for atom in structure.atoms for r in atom.tolist()}, batches)
+    expected = _answers(network, batches)
     found: dict[str, dict[float, float]] = {}
     groups = _groups(structure, min(ratios))
     say(
@@ -103,13 +106,14 @@ def _damages(
     )
     for n, group in enumerate(groups, 1):
         found[", ".join(group)] = damage = {}
-        for ratio in ratios:
-            share = _shares(structure, group, ratio)
-            model = ParallelModel(
-                network, share, example, exclude=exclude, init="least_squares", images=images
-            )
-            model.alpha = 0.0
-            answers = _answers(model, images)
+        shares = [_shares(structure, group, ratio) for ratio in ratios]
+        chosen = [select(choose(structure, share), seen_by=seen_by) for share in shares]
+        models = [
+            ParallelModel(network, widths, example, exclude=exclude, init="select", images=images)
+            for widths in chosen
+        ]
+        for ratio, fit in zip(ratios, fit_branches(models, batches), strict=True):
+            answers = _log_probabilities(fit.answers)
             damage[ratio] = F.kl_div(answers, expected, reduction="batchmean", log_target=True).item()
         measured = ", ".join(f"{d:.3g} at {ratio:g}" for ratio, d in damage.items())
         say(f"[{n}/{len(groups)}] {', '.join(group)}: damage {measured}")
@@ -205,11 +209,15 @@ def _take_back(
         kept[i] = lower[i]
 
 
-def _answers(model: nn.Module, images: Tensor | tuple[Tensor, ...]) -> Tensor:
+def _answers(model: nn.Module, batches: Iterable[Inputs]) -> Tensor:
     """Log-probabilities, (N, classes)."""
-    batches = zip(*(x.split(BATCH) for x in as_inputs(images)), strict=True)
     with torch.no_grad(), in_eval_mode(model):
-        return torch.cat([F.log_softmax(tree_flatten(model(*inputs))[0][0], 1) for inputs in batches])
+        return _log_probabilities([model(*inputs) for inputs in batches])
+
+
+def _log_probabilities(outputs: Iterable[Any]) -> Tensor:
+    """Of the first tensor of each output, (N, classes)."""
+    return torch.cat([F.log_softmax(tree_flatten(output)[0][0], 1) for output in outputs])
 
 
 def _groups(structure: Structure, ratio: float) -> list[list[str]]:
