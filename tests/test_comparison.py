@@ -65,16 +65,18 @@ def prepared(project):
     return project
 
 
+def ranked(importance):
+    """A method whose widths Torch-Pruning chooses."""
+    kind = f"torch-pruning-{importance}"
+    return {"settings": {"widths": kind}, "stages": [{"from": "base", "narrow": kind, "lr": "{lr}"}]}
+
+
 def test_no_method_trains_where_one_of_its_ratios_cannot_be(prepared):
     file = prepared / "params" / "controls.yaml"
     content = yaml.safe_load(file.read_text())
-    ranked = {
-        "settings": {"widths": "torch-pruning-bn"},
-        "stages": [{"from": "base", "narrow": "torch-pruning-bn", "lr": "{lr}"}],
-    }
     scratch = content["methods"]["scratch"]
     file.write_text(
-        yaml.safe_dump(content | {"methods": {"scratch": scratch, "torch-pruning, ranked": ranked}})
+        yaml.safe_dump(content | {"methods": {"scratch": scratch, "torch-pruning, ranked": ranked("bn")}})
     )
     for first, asked in (
         ([0.5], [0.5, 0.01]),
@@ -89,13 +91,9 @@ def test_no_method_trains_where_one_of_its_ratios_cannot_be(prepared):
 def test_ranked_widths_are_of_the_weights_and_why_says_so_where_these_are_gone(prepared):
     file = prepared / "params" / "controls.yaml"
     content = yaml.safe_load(file.read_text())
-    ranked = {
-        "settings": {"widths": "torch-pruning-l2"},
-        "stages": [{"from": "base", "narrow": "torch-pruning-l2", "lr": "{lr}"}],
-    }
     file.write_text(
         yaml.safe_dump(
-            content | {"methods": {"torch-pruning, ranked": ranked}, "lrs": [0.01], "first_lr": 0.01}
+            content | {"methods": {"torch-pruning, ranked": ranked("l2")}, "lrs": [0.01], "first_lr": 0.01}
         )
     )
     of = experiment("controls", "smoke", "torch-pruning, ranked", 0.01, 0.5, 0, root=prepared)
