@@ -27,10 +27,8 @@ from alphaprune.modes import in_eval_mode
 from alphaprune.widths import Widths
 
 Inputs = tuple[Tensor, ...]
-STEPS = 512  # of the choice in a group, about; where more channels stay, several are chosen at a step
-
-
 Moments = Mapping[str, Tensor]  # X^T X of what a mixer reads, (C, C), by the mixer's key
+STEPS = 512  # of the choice in a group, about; where more channels stay, several are chosen at a step
 
 
 def select(widths: Widths, batches: Iterable[Inputs] | None = None, seen_by: Moments | None = None) -> Widths:

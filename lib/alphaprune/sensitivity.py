@@ -31,6 +31,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_flatten
 
 from alphaprune.errors import UsageError, shown
+from alphaprune.exact import full_float32
 from alphaprune.graph import Mixer, Structure
 from alphaprune.initialise import TooFewImages, fit_branches
 from alphaprune.modes import in_eval_mode
@@ -211,7 +212,7 @@ def _take_back(
 
 def _answers(model: nn.Module, batches: Iterable[Inputs]) -> Tensor:
     """Log-probabilities, (N, classes)."""
-    with torch.no_grad(), in_eval_mode(model):
+    with torch.no_grad(), in_eval_mode(model), full_float32():
         return _log_probabilities([model(*inputs) for inputs in batches])
 
 
