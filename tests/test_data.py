@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
-from alphaprune import UsageError, data
+from alphaprune import UsageError, data, sources
 
 SAMPLE = Path(data.__file__).parent / "sample"
 
@@ -181,6 +181,16 @@ def test_a_last_incomplete_batch_is_left_out_in_training_only():
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("ALPHAPRUNE_DATA", str(tmp_path))
     return tmp_path
+
+
+def test_fewer_images_held_out_are_some_of_the_same(monkeypatch):
+    usual = data.load("sample")
+    monkeypatch.setitem(data.HELD_OUT, "sample", 8)
+    few = data.load("sample")
+    assert torch.equal(few.val.images, usual.val.images[:8])
+    assert torch.equal(few.train.images[72:], usual.train.images) and len(few.train) == 472
+    known = {sources.checksum(source) for source in sources.HELD_OUT}
+    assert len(known) == len(sources.HELD_OUT)  # "cifar10-49500" is of the same files as "cifar10"
 
 
 def test_cache_folder_follows_the_variables(monkeypatch):

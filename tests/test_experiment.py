@@ -247,6 +247,12 @@ def test_only_another_augmentation_is_part_of_the_identity(small):
     assert own & set(mirrored.determines["recipe"]) == {"augment"} and mirrored.identity not in found
 
 
+def test_only_other_weights_that_are_kept_are_part_of_the_identity(small):
+    node = lambda **given: Experiment("smoke", "pretrain", small, **given).stages[0]  # noqa: E731
+    assert "keep" not in node().determines["recipe"] and node(keep="best").identity == node().identity
+    assert node(keep="last").identity != node().identity
+
+
 def test_only_another_optimizer_is_part_of_the_identity(small):
     plain, sgd, muon = (
         Experiment("smoke", "pretrain", small, **given).stages[0]

@@ -55,6 +55,12 @@ def test_two_presets_pretrain_alike_each_for_itself():
     assert all(same[k] == report.model_dump()[k] for k in shared)
 
 
+def test_the_last_weights_are_kept_where_the_end_is_known():
+    assert load_settings("smoke", "pretrain", ROOT, keep="last").keep == "last"
+    with pytest.raises(UsageError, match="keep: last is for lr_schedule: one_cycle"):
+        load_settings("smoke", "pretrain", ROOT, keep="last", lr_schedule="plateau")
+
+
 def test_a_plain_end_belongs_to_a_known_number_of_changed_epochs():
     given = {"augment": "trivial", "augment_until": 0.5, "lr_schedule": "one_cycle"}
     settings = load_settings("smoke", "pretrain", ROOT, **given | {"max_epochs": 4})
@@ -109,7 +115,7 @@ BAD = {
     "epochs 0": ({"max_epochs": 0}, r"max_epochs"),
     "epochs 1.5": ({"max_epochs": 1.5}, r"max_epochs"),
     "seed negative": ({"seed": -1}, r"seed"),
-    "data unknown": ({"data": "mnist"}, r"data: .*'cifar10' or 'sample'"),
+    "data unknown": ({"data": "mnist"}, r"data: .*'cifar10', 'cifar10-49500' or 'sample'"),
     "no lr": ({"stages": [{"alpha": 0.5, "from": "base"}]}, r"stages\.0\.lr: missing"),
     "no parent": ({"stages": [{"alpha": 0.5, "lr": 0.1}]}, r"stages\.0\.from: missing"),
     "stages a number": ({"stages": 3}, r"stages must be a list"),

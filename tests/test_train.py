@@ -290,6 +290,22 @@ def test_a_trivial_augmentation_is_resumed_within_an_epoch(tmp_path, monkeypatch
     same(fit(resumed, TRAIN, VAL, recipe, "key", tmp_path / "b.safetensors"), expected, resumed, whole)
 
 
+def test_the_last_weights_are_kept_where_that_is_asked_for(tmp_path):
+    """At a rate that is too high the best epoch is not the last."""
+    recipe = dataclasses.replace(RECIPE, lr=0.4, lr_schedule="one_cycle", max_epochs=4)
+    kept = {}
+    for keep in ("best", "last"):
+        left = model()
+        own = dataclasses.replace(recipe, keep=keep)
+        outcome = fit(left, TRAIN, VAL, own, "key", tmp_path / f"{keep}.safetensors")
+        reached = {r["epoch"]: r["value"] for r in outcome.history if (r["split"], r["metric"]) == ("val", "accuracy")}  # fmt: skip
+        assert outcome.reached == reached[outcome.best_epoch] == evaluate(left, VAL)[1]
+        kept[keep] = outcome
+    assert kept["best"].history == kept["last"].history
+    assert kept["last"].best_epoch == 4 != kept["best"].best_epoch
+    assert kept["best"].reached > kept["last"].reached
+
+
 def test_images_are_plain_in_the_last_epochs(tmp_path):
     trivial = dataclasses.replace(RECIPE, augment="trivial", max_epochs=2)
     recipes = [trivial, dataclasses.replace(trivial, augment_until=0.5)]

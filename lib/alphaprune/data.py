@@ -37,7 +37,7 @@ from torch.nn import functional as F
 from alphaprune.errors import UsageError
 from alphaprune.interrupt import ending_with_a_line
 from alphaprune.recipe import Augment
-from alphaprune.sources import CIFAR10, cache_folder, place
+from alphaprune.sources import CIFAR10, HELD_OUT, cache_folder, place
 
 RECORD_BYTES = 1 + 3 * 32 * 32
 OFFICIAL_BYTES = 10_000 * RECORD_BYTES  # of a batch
@@ -106,8 +106,8 @@ def load(source: str = "cifar10") -> Dataset:
     """Training and validation images of a source, checked against the official MD5.
 
     Args:
-        source: "cifar10", the full set (45,000 and 5,000 images), or "sample", the 480 training images that
-            come with the package (400 and 80 images).
+        source: "cifar10", the full set (45,000 and 5,000 images); "cifar10-49500", the same with 500 of the 5,000 for validation and the
+            others for training; or "sample", the 480 training images that come with the package (400 and 80 images).
 
     Returns:
         The data set. Which images are validation images is fixed, whatever the seed of an experiment.
@@ -118,7 +118,7 @@ def load(source: str = "cifar10") -> Dataset:
     folder, digests = place(source)
     names = [name for name in digests if not name.startswith("test")]
     everything = _join([_read(folder / name, digests[name]) for name in names])
-    held_out = 5000 if source == "cifar10" else 80
+    held_out = HELD_OUT[source]
     order = torch.randperm(len(everything), generator=torch.Generator().manual_seed(VALIDATION_SEED))
     val, train = order[:held_out], order[held_out:]
     return Dataset(

@@ -103,6 +103,8 @@ def identified(
         del recipe["augment_until"]
     else:
         recipe["trivial_version"] = TRIVIAL_VERSION
+    if recipe["keep"] == "best":
+        del recipe["keep"]
     if recipe["optimizer"] == "sgd":
         del recipe["optimizer"]
     else:

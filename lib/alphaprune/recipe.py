@@ -22,6 +22,7 @@ MUON_VERSION = (
 Draw = Literal["fixed", "bernoulli", "uniform"]
 Augment = Literal["crop", "mirror", "trivial"]
 OptimizerName = Literal["sgd", "muon"]
+Keep = Literal["best", "last"]
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,8 @@ class Recipe:
         augment: "crop" flips and crops the training images; "mirror" flips them alone; "trivial" makes a change of TrivialAugment to each before that.
         augment_until: share of the epochs in which "trivial" does so, in (0, 1]; in the last ones images are mirrored and cropped alone, which
             is nearer to those that are judged (He et al., Data augmentation revisited, 2019).
+        keep: the weights that a stage ends with: "best", those of the epoch with the highest validation accuracy, or, with "one_cycle", "last":
+            its rate ends at 0, and few validation images would choose an epoch by chance.
         log_every: steps between two rows of training accuracy.
     """
 
@@ -58,6 +61,7 @@ class Recipe:
     label_smoothing: float = 0.0
     augment: Augment = "crop"
     augment_until: float = 1.0
+    keep: Keep = "best"
     log_every: int = 20
 
     def augment_in(self, epoch: int) -> Augment:

@@ -24,6 +24,7 @@ from alphaprune.recipe import (
     Augment,
     Draw,
     Init,
+    Keep,
     Objective,
     OptimizerName,
     Recipe,
@@ -184,9 +185,9 @@ class Settings(_Strict):
     experiment: Name
     title: Text
     # data and network
-    data: Literal["cifar10", "sample"]
-    train_images: Count | None = None  # None: all 45,000
-    val_images: Count | None = None  # None: all 5,000
+    data: Literal["cifar10", "cifar10-49500", "sample"]
+    train_images: Count | None = None  # None: all, 45,000 of cifar10
+    val_images: Count | None = None  # None: all, 5,000 of cifar10
     network: Literal["vgg16", "resnet20"] = "vgg16"
     width: Annotated[float, Field(gt=0, le=16)]  # factor on the network's channels
     keep_ratio: Annotated[float, Field(gt=0, le=1)]
@@ -223,6 +224,7 @@ class Settings(_Strict):
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     augment: Augment = "crop"
     augment_until: Annotated[float, Field(gt=0, le=1)] = 1.0
+    keep: Keep = "best"
     log_every: Count
     fold_now_every: Count = 3  # epochs between two measurements of what the network would score if folded
     # what to do
@@ -292,6 +294,12 @@ class Settings(_Strict):
             raise ValueError(
                 "augment_until is for augment: trivial and lr_schedule: one_cycle; set both, or leave it out"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _last_is_an_end(self) -> Settings:
+        if self.keep == "last" and self.lr_schedule != "one_cycle":
+            raise ValueError("keep: last is for lr_schedule: one_cycle; set that, or leave keep out")
         return self
 
     @model_validator(mode="after")

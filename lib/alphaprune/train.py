@@ -89,7 +89,7 @@ def fit(
     anneal: Callable[[float], bool] | None = None,
     accelerator: Accelerator | None = None,
 ) -> Outcome:
-    """Train `model` in place and leave it with its best weights, those of the highest validation accuracy.
+    """Train `model` in place and leave it with its best weights, those of the highest validation accuracy, or its last, as the recipe says.
 
     Args:
         model: the network; parameters that do not require a gradient are left as they are.
@@ -189,7 +189,11 @@ def fit(
             outcome.diverged = not all(math.isfinite(row["value"]) for row in outcome.history)
             if outcome.diverged:
                 outcome.history = [row for row in outcome.history if math.isfinite(row["value"])]
-            elif arrived and (outcome.best_epoch == 0 or accuracy > outcome.best_accuracy):  # 0: as it began
+            elif arrived and (
+                outcome.best_epoch == 0  # as it began
+                or accuracy > outcome.best_accuracy
+                or recipe.keep == "last"
+            ):
                 state.keep_best(accuracy)
             state.count_plateau(val_loss)
             if recipe.lr_schedule == "plateau":
