@@ -167,8 +167,8 @@ params/gpu/%.yaml params/%/gpu.yaml:
 skips: $(R)/html/skips.html
 	$(call done,$<,$@)
 	@echo "Page:      $<"
-$(R)/notebooks/pretrain_resnet20.ipynb: $(H)/notebooks/01_pretraining.ipynb $(H)/params/$(PRESET)/pretrain_resnet20.yaml $(H)/params/$(PRESET)/preset.yaml | $(READY) $(DATA)
-	@$(RUN) $(<:$(H)/%=%) $@ -f params/$(PRESET)/pretrain_resnet20.yaml
+$(R)/notebooks/pretrain_resnet20.ipynb $(R)/notebooks/pretrain_49500.ipynb: $(R)/notebooks/pretrain_%.ipynb: $(H)/notebooks/01_pretraining.ipynb $(H)/params/$(PRESET)/pretrain_%.yaml $(H)/params/$(PRESET)/preset.yaml | $(READY) $(DATA)
+	@$(RUN) $(<:$(H)/%=%) $@ -f params/$(PRESET)/pretrain_$*.yaml
 
 $(R)/notebooks/skips.ipynb: $(H)/notebooks/06_skip_connections.ipynb $(LIBRARY) $(H)/params/$(PRESET)/preset.yaml \
     $(foreach e,resnet20_narrow resnet20_plain,$(H)/params/$(PRESET)/$(e).yaml $(H)/params/report/$(e).yaml) $(R)/notebooks/pruned.ipynb $(R)/notebooks/pretrain_resnet20.ipynb
@@ -203,10 +203,10 @@ best: $(R)/html/best.html
 	$(call done,$<,$@)
 	@echo "Page:      $<"
 	@echo "Network:   $(R)/best/"
-# Of the whole network, on all images, another one.
+# Of the whole network, on nearly all images, another one, from an original of its own.
 FULL_SIZE := alphaprune, folded at once, widths by sensitivity, distilled
 BEST := $(if $(filter report,$(PRESET)),full_size,controls)
-$(R)/notebooks/best.ipynb: $(H)/notebooks/13_best_recipe.ipynb $(H)/params/$(BEST).yaml $(H)/params/$(PRESET)/$(BEST).yaml $(H)/params/$(PRESET)/preset.yaml $(LIBRARY) $(R)/notebooks/pretrain.ipynb \
+$(R)/notebooks/best.ipynb: $(H)/notebooks/13_best_recipe.ipynb $(H)/params/$(BEST).yaml $(H)/params/$(PRESET)/$(BEST).yaml $(H)/params/$(PRESET)/preset.yaml $(LIBRARY) $(R)/notebooks/pretrain$(if $(filter full_size,$(BEST)),_49500).ipynb \
     | $(if $(filter controls,$(MAKECMDGOALS)),$(R)/notebooks/controls.ipynb)
 	@$(RUN) $(<:$(H)/%=%) $@ -p preset $(PRESET) -p jobs $(JOBS) $(if $(filter full_size,$(BEST)),-p comparison full_size -p method '$(FULL_SIZE)')
 
