@@ -298,5 +298,9 @@ audit: | $(READY)
 
 # What is compared took hours, and is what the tables beside it say.
 COMPARED := $(addprefix $(R)/stages/,controls cliff adaptive rounded mirrored small_batches ten_seeds roots ranked residual muon unfinished full_size) $(if $(filter gpu,$(PRESET)),$(wildcard $(R)/stages/*))
+# Of gpu and report the pictures are in git, as their records are.
 clean:
-	rm -rf $(R)/.inputs $(R)/.seals $(R)/notebooks $(R)/html $(R)/figures $(filter-out $(COMPARED),$(wildcard $(R)/stages/*)) $(R)/bundle $(R)/own_images $(R)/report.html $(R)/scorecard.csv
+	rm -rf $(R)/.inputs $(R)/.seals $(R)/notebooks $(R)/html $(if $(filter gpu report,$(PRESET)),,$(R)/figures $(R)/scorecard.csv) $(filter-out $(COMPARED),$(wildcard $(R)/stages/*)) $(R)/bundle $(R)/own_images $(R)/own_network_stopped $(R)/report.html
+
+.DEFAULT:
+	@echo "alphaprune: nothing here makes '$@'; 'make help' lists what can be made" >&2; exit 2

@@ -1,6 +1,7 @@
 """The notebooks beyond the report, by the Makefile at smoke."""
 
 import re
+import signal
 import subprocess
 import sys
 
@@ -52,7 +53,18 @@ def test_own_network(whole_project):
     assert misspelt.returncode == 2 and "preset 'smok' is unknown; there are: " in misspelt.stderr
     assert not (whole_project / "results" / "smok").exists()
     subprocess.run(run + own, cwd=whole_project, check=True)
-    assert (whole_project / "results" / "own" / "bundle" / "weights.safetensors").is_file()
+    weights = whole_project / "results" / "own" / "bundle" / "weights.safetensors"
+    expected, stopped = weights.read_bytes(), whole_project / "results" / "own" / "own_network_stopped"
+    assert not stopped.exists()
+    with subprocess.Popen(run + own, cwd=whole_project, stdout=subprocess.PIPE, text=True) as running:
+        while "pruned: epoch 1/" not in running.stdout.readline():
+            assert running.poll() is None
+        running.send_signal(signal.SIGTERM)
+    assert running.returncode == 128 + signal.SIGTERM and stopped.is_dir()
+    weights.unlink()
+    rest = subprocess.run(run + own, cwd=whole_project, check=True, capture_output=True, text=True).stdout
+    assert "original: epoch" not in rest and "pruned: epoch 1/" not in rest
+    assert weights.read_bytes() == expected and not stopped.exists()
     again = make(whole_project, "own-network")
     assert again.returncode == 0 and "damaged" not in again.stdout + again.stderr
     assert (bundle / "weights.safetensors").stat().st_mtime_ns == made

@@ -428,6 +428,8 @@ def test_what_is_wrong_is_one_line(prepared, monkeypatch, capsys):
     monkeypatch.chdir(prepared)
     with pytest.raises(UsageError, match="method 'torch' is unknown; there are: "):
         compare("controls", "smoke", prepared, methods=["torch"])
+    with pytest.raises(UsageError, match="'torch-pruning l1' is unknown; did you mean 'torch-pruning L1'"):
+        compare("controls", "smoke", prepared, methods=["torch-pruning l1"])
     with pytest.raises(SystemExit, match="2"):
         main(["controls", "smoke", "--method", "torch"])
     assert capsys.readouterr().err.count("\n") == 1

@@ -15,6 +15,8 @@ from alphaprune.measure import multiply_adds, parameters
 from alphaprune.models import vgg16
 from alphaprune.narrowing import folded_at_once
 from alphaprune.provenance import read
+from alphaprune.scorecard import guessing
+from alphaprune.settings import load_settings
 
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
@@ -99,6 +101,10 @@ def test_the_best_recipe(trimmed):
     record = json.loads((results / "best" / "record.json").read_text())
     table = pd.read_csv(results / "controls.csv").set_index(["method", "keep_ratio", "seed"])
     row = table.loc[(record["method"], 0.34375, record["seed"])]
+    reached = table.loc[(record["method"], 0.34375), "val_accuracy"].mean()
+    chance = 100 * guessing(64, load_settings("smoke", "controls", trimmed).max_epochs)
+    page = (results / "html" / "best.html").read_text()
+    assert ("at chance: guessing on 64 validation images" in page) == (reached <= chance)
     assert row["test_accuracy"] == pytest.approx(record["test_accuracy"], rel=1e-5)  # six digits in the table
     ways = pd.read_csv(results / "best_ways.csv").set_index("way")
     assert list(ways.index) == ["as it is", "optimised", "bfloat16"]

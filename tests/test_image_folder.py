@@ -1,5 +1,7 @@
 """A folder of images: what is read, and what is said when it cannot be."""
 
+import shutil
+
 import pytest
 import torch
 from PIL import Image
@@ -39,6 +41,22 @@ def test_other_shapes_are_scaled_and_cut(folder):
     assert data.train.images.shape[1:] == (3, 40, 40)
     grey = [im for s in (data.train, data.val) for im in s.images if (im == 200).all()]
     assert len(grey) == 1
+
+
+def test_parts_are_not_taken_for_classes(folder, tmp_path):
+    whole = tmp_path / "parts"
+    shutil.copytree(folder, whole / "train")
+    shutil.copytree(folder, whole / "val")
+    with pytest.raises(UsageError, match=r"parts holds train and val, .* such as \S*parts/train: a part"):
+        load_folder(whole, 32)
+    assert load_folder(whole / "train", 32)[1] == load_folder(folder, 32)[1]
+    # Classes may have such names, and folders inside, but not both.
+    direct, inside = tmp_path / "direct", tmp_path / "inside"
+    for name, of in (("train", "cat"), ("test", "dog")):
+        shutil.copytree(folder / of, direct / name)
+        shutil.copytree(folder / of, inside / of / "2026")
+    assert load_folder(direct, 32)[1] == ["test", "train"]
+    assert load_folder(inside, 32)[1] == ["cat", "dog"]
 
 
 def test_bad_folders_are_named(folder, tmp_path):

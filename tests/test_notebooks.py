@@ -244,6 +244,11 @@ def test_an_unknown_preset_is_named(reproduced):
     assert done.returncode != 0 and "preset 'slow' is unknown; there are: " in done.stderr
 
 
+def test_a_misspelt_target_is_named(reproduced):
+    done = make(reproduced[0], "reproduce-figure")
+    assert done.returncode != 0 and "nothing here makes 'reproduce-figure'; 'make help' lists" in done.stderr
+
+
 def test_a_preset_in_small_letters_is_not_passed_over(reproduced):
     done = make(reproduced[0], "help", "preset=gpu")
     assert done.returncode != 0 and "preset=gpu is not read; write it in capitals" in done.stderr

@@ -34,12 +34,12 @@ class Missing(UsageError):
     """What another command makes first; the message names that command."""
 
 
-def like(name: str, known: Iterable[str]) -> str:
+def like(name: str, known: Iterable[str], between: str = ", ") -> str:
     """For an error about a name: the one that was meant, or those there are."""
     names = list(known)
     close = difflib.get_close_matches(name[:LONGEST_VALUE], names, 1)
-    more = ", ..." if len(names) > LISTED else ""
-    return f"; did you mean '{close[0]}'?" if close else f"; there are: {', '.join(names[:LISTED])}{more}"
+    more = f"{between}..." if len(names) > LISTED else ""
+    return f"; did you mean '{close[0]}'?" if close else f"; there are: {between.join(names[:LISTED])}{more}"
 
 
 def shown(value: Any) -> str:

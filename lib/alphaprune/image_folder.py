@@ -36,7 +36,8 @@ def load_folder(folder: Path | str, size: int = 224, held_out: float = 0.2) -> t
         The data set, normalised as torchvision's pretrained networks expect, and the names of the classes.
 
     Raises:
-        UsageError: if there are fewer than two classes or too few images, or a file is no image.
+        UsageError: if there are fewer than two classes or too few images, a file is no image, or the subfolders are
+            train, val or test, with the classes inside.
     """
     if not isinstance(held_out, float) or not 0 < held_out < 1:
         raise UsageError(f"held_out is {shown(held_out)}; give a share in (0, 1), such as 0.2")
@@ -56,6 +57,13 @@ def load_folder(folder: Path | str, size: int = 224, held_out: float = 0.2) -> t
         raise UsageError(
             f"{folder} holds no images in subfolders, one a class ({str(e).splitlines()[0][:160]})"
         ) from None
+    if {name.lower() for name in found.classes} <= _SPLITS and all(
+        any(inner.is_dir() for inner in Path(folder, name).iterdir()) for name in found.classes
+    ):
+        raise UsageError(
+            f"{folder} holds {' and '.join(found.classes)}, which hold folders themselves; give the one of them whose subfolders are "
+            f"the classes, such as {Path(folder, _training(found.classes))}: a part of it is held out for validation"
+        )
     if len(found.classes) < 2:
         raise UsageError(f"{folder} holds the one class '{found.classes[0]}'; at least two are needed")
     images = torch.stack([_read(Path(path), size) for path, _ in found.samples])
@@ -67,6 +75,13 @@ def load_folder(folder: Path | str, size: int = 224, held_out: float = 0.2) -> t
     val, train = order[:count], order[count:]
     split = lambda i: Split(images[i], labels[i], IMAGENET_MEAN, IMAGENET_STD)  # noqa: E731
     return Dataset(train=split(train), val=split(val)), found.classes
+
+
+_SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
+
+
+def _training(names: list[str]) -> str:
+    return next((name for name in names if name.lower().startswith("train")), names[0])
 
 
 # What Pillow raises for damaged files, whatever the format; a few kilobytes can claim gigapixels.

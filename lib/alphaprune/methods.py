@@ -12,7 +12,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from alphaprune import yaml_text
-from alphaprune.errors import UsageError, shown
+from alphaprune.errors import UsageError, like, shown
 from alphaprune.experiment import Experiment
 from alphaprune.records import FinalRecord, read_if_whole
 from alphaprune.settings import Name, Positive, Settings, check_names, load_settings, project_root
@@ -88,7 +88,8 @@ def chosen_methods(name: str, root: Path, methods: Sequence[str]) -> list[str]:
     """Those of a comparison's methods that are asked for, all if none is, each once (raises UsageError)."""
     known = load_comparison(name, root).methods
     if unknown := set(methods) - set(known):
-        raise UsageError(f"method {shown(sorted(unknown)[0])} is unknown; there are: {'; '.join(known)}")
+        first = sorted(unknown)[0]
+        raise UsageError(f"method {shown(first)} is unknown{like(first, known, between='; ')}")
     return list(dict.fromkeys(methods or known))
 
 
