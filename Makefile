@@ -140,6 +140,7 @@ $(R)/notebooks/pretrain.ipynb: $(H)/notebooks/01_pretraining.ipynb $(H)/params/$
 
 pretrain: | $(READY) $(DATA)
 	@$(RUN) notebooks/01_pretraining.ipynb $(R)/notebooks/pretrain.ipynb -f params/$(PRESET)/pretrain.yaml -p again true
+	$(if $(filter full_size,$(BEST)),@$(RUN) notebooks/01_pretraining.ipynb $(R)/notebooks/pretrain_49500.ipynb -f params/$(PRESET)/pretrain_49500.yaml -p again true)
 
 $(foreach e,$(EXPERIMENTS),$(R)/notebooks/$(e).ipynb): $(R)/notebooks/%.ipynb: $(H)/notebooks/02_alpha_decay.ipynb \
     $(H)/params/$(PRESET)/%.yaml $(H)/params/report/%.yaml $(H)/params/$(PRESET)/preset.yaml $(LIBRARY) \

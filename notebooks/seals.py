@@ -26,6 +26,7 @@ RECORDS = (
     "stages",
     "pretrained",
     "pretrained_resnet20",
+    "pretrained_49500",
     "sensitivity",
 )  # folders of what the library looks after
 

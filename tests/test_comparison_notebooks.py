@@ -99,7 +99,7 @@ def test_the_best_recipe(trimmed):
     bundle = {f.name for f in (results / "best").iterdir()}
     assert {"weights.safetensors", "model.py", "certificate.json", "record.json"} <= bundle
     record = json.loads((results / "best" / "record.json").read_text())
-    table = pd.read_csv(results / "controls.csv").set_index(["method", "keep_ratio", "seed"])
+    table = pd.read_csv(results / "controls.csv").set_index(["method", "keep_ratio", "seed"]).sort_index()
     row = table.loc[(record["method"], 0.34375, record["seed"])]
     reached = table.loc[(record["method"], 0.34375), "val_accuracy"].mean()
     chance = 100 * guessing(64, load_settings("smoke", "controls", trimmed).max_epochs)
